@@ -1,0 +1,5 @@
+# SAGE_GPERFTOOLS_LIBS for a standalone build: libprofiler of the system, or of GPERFTOOLS_ROOT.
+find_library(SAGELLM_PROFILER_LIBRARY profiler HINTS "$ENV{GPERFTOOLS_ROOT}" PATH_SUFFIXES lib lib64)
+if(SAGELLM_PROFILER_LIBRARY)
+  set(SAGE_GPERFTOOLS_LIBS "${SAGELLM_PROFILER_LIBRARY}")
+endif()

@@ -1,0 +1,19 @@
+// AVX2 element-wise kernels.
+#include "attention.h"
+#include "sagellm/kernels/cpu/isa_tables.h"
+#include "sagellm/kernels/params.h"
+//
+#include "vmath.h"
+//
+#include "../simd_math.h"
+//
+#include "../simd_elementwise.h"
+
+namespace sagellm::kernels {
+
+void fill_ops_avx2(KernelTable& table) {
+  fill_elementwise(table);
+  fill_attention_avx2(table);
+}
+
+}  // namespace sagellm::kernels

@@ -1,0 +1,132 @@
+// f32, f16 and bf16 weights x f32 activations with AVX2: one fused multiply-add chain per output, ascending k.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sagellm/kernels/params.h"
+
+#define SAGELLM_INLINE inline __attribute__((always_inline))
+
+namespace sagellm::kernels {
+namespace {
+
+/// Columns of one step: bf16 rows are interleaved in pairs of k.
+template <PackedFormat kFormat>
+constexpr int kStep = kFormat == PackedFormat::kBF16 ? 2 : 1;
+
+template <PackedFormat kFormat>
+constexpr int kStepBytes = kFormat == PackedFormat::kF16 ? 32 : 64;
+
+/// 8 rows of the step at `line`: w[i] belongs to its k = i.
+template <PackedFormat kFormat>
+SAGELLM_INLINE void load_weights(const uint8_t* line, int half, __m256 (&w)[kStep<kFormat>]) {
+  if constexpr (kFormat == PackedFormat::kF32) {
+    w[0] = _mm256_loadu_ps(reinterpret_cast<const float*>(line) + 8 * half);
+  } else if constexpr (kFormat == PackedFormat::kF16) {
+    w[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + half));
+  } else {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + half);
+    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    w[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+  }
+}
+
+/// Adds the first kColumns columns of a step to kBlocks x kTokens accumulators; x is token 0 at the step.
+template <PackedFormat kFormat, int kColumns, int kBlocks, int kTokens>
+SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x, int64_t x_stride,
+                             __m256 (&acc)[kBlocks][kTokens][2]) {
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+    __m256 weight[2][kStep<kFormat>];
+    load_weights<kFormat>(line + b * stride, 0, weight[0]);
+    load_weights<kFormat>(line + b * stride, 1, weight[1]);
+#pragma GCC unroll 2
+    for (int i = 0; i < kColumns; ++i) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256 value = _mm256_set1_ps(x[t * x_stride + i]);
+        acc[b][t][0] = _mm256_fmadd_ps(weight[0][i], value, acc[b][t][0]);
+        acc[b][t][1] = _mm256_fmadd_ps(weight[1][i], value, acc[b][t][1]);
+      }
+    }
+  }
+}
+
+/// kBlocks row blocks x kTokens tokens.
+template <PackedFormat kFormat, int kBlocks, int kTokens>
+void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token, float* out) {
+  constexpr int step = kStep<kFormat>;
+  __m256 acc[kBlocks][kTokens][2];
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) acc[b][t][0] = acc[b][t][1] = _mm256_setzero_ps();
+  }
+  const float* x = p.x.f32 + token * p.k;
+  const int64_t steps = p.k / step;
+  for (int64_t i = 0; i < steps; ++i) {
+    add_step<kFormat, step>(w + i * kStepBytes<kFormat>, stride, x + i * step, p.k, acc);
+  }
+  if constexpr (step == 2) {
+    if (p.k % 2 != 0) add_step<kFormat, 1>(w + steps * kStepBytes<kFormat>, stride, x + steps * 2, p.k, acc);
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      float* row = out + t * p.out_stride + b * kRowBlock;
+      _mm256_storeu_ps(row, acc[b][t][0]);
+      _mm256_storeu_ps(row + 8, acc[b][t][1]);
+    }
+  }
+}
+
+constexpr int kFloatTile = 6;  // tokens: 12 accumulators of 16 registers
+
+/// Few tokens: several row blocks at once, since one chain alone waits for each addition.
+template <PackedFormat kFormat, int kBlocks, int kTokens>
+SAGELLM_INLINE void row_blocks_float(const MatmulParams& p, int64_t stride, int64_t token) {
+  const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
+  float* out = p.out + token * p.out_stride;
+  int64_t rb = p.row_block_begin;
+  for (; rb + kBlocks <= p.row_block_end; rb += kBlocks) {
+    tile_float<kFormat, kBlocks, kTokens>(p, weights + rb * stride, stride, token, out + rb * kRowBlock);
+  }
+  for (; rb < p.row_block_end; ++rb) {
+    tile_float<kFormat, 1, kTokens>(p, weights + rb * stride, stride, token, out + rb * kRowBlock);
+  }
+}
+
+template <PackedFormat kFormat>
+void matmul_float(const MatmulParams& p) {
+  const int64_t stride = (p.k + kStep<kFormat> - 1) / kStep<kFormat> * kStepBytes<kFormat>;
+  const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
+  // Full tiles: activations of a chunk of tokens stay in L2 while the row blocks pass.
+  constexpr int64_t kCacheBytes = 256 * 1024;
+  const int64_t tiles = kCacheBytes / (p.k * 4 * kFloatTile);
+  const int64_t chunk = (tiles > 0 ? tiles : 1) * kFloatTile;
+  const int64_t full = p.num_tokens / kFloatTile * kFloatTile;
+  for (int64_t t0 = 0; t0 < full; t0 += chunk) {
+    const int64_t t1 = full - t0 < chunk ? full : t0 + chunk;
+    for (int64_t rb = p.row_block_begin; rb < p.row_block_end; ++rb) {
+      for (int64_t t = t0; t < t1; t += kFloatTile) {
+        float* out = p.out + t * p.out_stride + rb * kRowBlock;
+        tile_float<kFormat, 1, kFloatTile>(p, weights + rb * stride, stride, t, out);
+      }
+    }
+  }
+  switch (p.num_tokens - full) {
+    case 1: return row_blocks_float<kFormat, 4, 1>(p, stride, full);
+    case 2: return row_blocks_float<kFormat, 2, 2>(p, stride, full);
+    case 3: return row_blocks_float<kFormat, 2, 3>(p, stride, full);
+    case 4: return row_blocks_float<kFormat, 1, 4>(p, stride, full);
+    case 5: return row_blocks_float<kFormat, 1, 5>(p, stride, full);
+    default: return;
+  }
+}
+
+}  // namespace
+}  // namespace sagellm::kernels

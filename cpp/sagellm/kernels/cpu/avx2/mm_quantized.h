@@ -1,0 +1,488 @@
+// Quantized weights x int8 activations with AVX2.
+//
+// A ymm holds 8 of the 16 rows of a row block x 4 k. A unit (16 rows x 32 k) is unpacked once for up to kGroup
+// tokens, then multiplied in one of two ways; both give the exact integer dot product of a unit:
+//   bytes: vpmaddubsw of codes and broadcast activations, summed in int16 for as long as that cannot overflow;
+//   words: vpmaddwd of 16-bit codes (zero point removed) and 16-bit activations. One pass whatever the activation
+//          has 8 or 15 bits, and no overflow for 8-bit codes.
+// After that every path does the same float operations in the same order (params.h).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sagellm/kernels/cpu/mm_layout.h"
+
+#define SAGELLM_INLINE inline __attribute__((always_inline))
+
+namespace sagellm::kernels {
+namespace {
+
+constexpr int kGroup = 32;  // tokens that share one unpacking of the weights
+
+SAGELLM_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+SAGELLM_INLINE __m256 load_halves(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+SAGELLM_INLINE __m256i broadcast32(const void* p) {
+  int32_t value;
+  __builtin_memcpy(&value, p, 4);
+  return _mm256_set1_epi32(value);
+}
+
+SAGELLM_INLINE __m256i broadcast64(const void* p) {
+  int64_t value;
+  __builtin_memcpy(&value, p, 8);
+  return _mm256_set1_epi64x(value);
+}
+
+// ---------------------------------------------------------------------------------------------- unpacking
+
+/// 0x10 in every byte whose bit is set in the 32 bits at `p`.
+SAGELLM_INLINE __m256i expand_bits(const uint8_t* p) {
+  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
+                                          2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
+  const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(broadcast32(p), spread), select);
+  return _mm256_and_si256(_mm256_cmpeq_epi8(bits, select), _mm256_set1_epi8(16));
+}
+
+/// Bits 2*kPair and 2*kPair+1 of every byte, moved to bits 4..5.
+template <int kPair>
+SAGELLM_INLINE __m256i take_two(__m256i v) {
+  const __m256i mask = _mm256_set1_epi8(0x30);
+  if constexpr (kPair < 2) return _mm256_and_si256(_mm256_slli_epi16(v, 4 - 2 * kPair), mask);
+  return _mm256_and_si256(_mm256_srli_epi16(v, 2 * kPair - 4), mask);
+}
+
+/// Codes of 8 rows (`half` of the row block): k = 4j.. in `low`, k = 16+4j.. in `high`.
+template <PackedFormat kFormat, int j>
+SAGELLM_INLINE void load_codes(const uint8_t* unit, int half, __m256i& low, __m256i& high) {
+  constexpr QuantLayout L = quant_layout(kFormat);
+  if constexpr (L.bits == CodeBits::k8) {
+    low = load256(unit + j * 64 + half * 32);
+    high = load256(unit + (j + 4) * 64 + half * 32);
+  } else {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const __m256i nibbles = load256(unit + j * 64 + half * 32);
+    low = _mm256_and_si256(nibbles, mask);
+    high = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), mask);
+    if constexpr (L.bits == CodeBits::k5) {
+      low = _mm256_or_si256(low, expand_bits(unit + 256 + j * 8 + half * 4));
+      high = _mm256_or_si256(high, expand_bits(unit + 256 + (j + 4) * 8 + half * 4));
+    } else if constexpr (L.bits == CodeBits::k6) {
+      const __m256i two = load256(unit + 256 + j % 2 * 64 + half * 32);
+      low = _mm256_or_si256(low, take_two<j / 2>(two));
+      high = _mm256_or_si256(high, take_two<j / 2 + 2>(two));
+    }
+  }
+}
+
+/// Where unit `index` of a row block lies.
+struct UnitPointer {
+  const uint8_t* group;
+  const uint8_t* codes;
+  int64_t index;  // in the group
+};
+
+template <PackedFormat kFormat>
+SAGELLM_INLINE UnitPointer unit_pointer(const uint8_t* row_block, int64_t index) {
+  constexpr QuantLayout L = quant_layout(kFormat);
+  const uint8_t* group = row_block + index / L.units * L.group_bytes;
+  const int64_t u = index % L.units;
+  return {group, group + u * L.unit_bytes, u};
+}
+
+/// d and m of 8 rows: the unit adds d * d_x * (integer dot) + m * s_x.
+template <PackedFormat kFormat>
+SAGELLM_INLINE void load_scales(const UnitPointer& p, int half, __m256& d, __m256& m) {
+  constexpr QuantLayout L = quant_layout(kFormat);
+  d = load_halves(p.group + L.d + half * 16);
+  m = L.has_min ? load_halves(p.group + L.m + half * 16) : _mm256_setzero_ps();
+  if constexpr (L.units == 8 && L.has_min) {
+    const uint8_t* sc = p.group + L.sub_scales + p.index * 16 + half * 8;
+    const __m128i scale = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sc));
+    const __m128i min = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sc + 128));
+    d = _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(scale)));
+    m = _mm256_mul_ps(m, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(min)));
+    m = _mm256_xor_ps(m, _mm256_set1_ps(-0.f));
+  }
+}
+
+/// Q6_K: the sub-scale of 8 rows for one half of the unit's k, as int32 lanes.
+SAGELLM_INLINE __m256i load_sub_scale(const UnitPointer& p, int half, int k_half) {
+  constexpr QuantLayout L = quant_layout(PackedFormat::kQ6_K);
+  const uint8_t* sc = p.group + L.sub_scales + (2 * p.index + k_half) * 16 + half * 8;
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(sc)));
+}
+
+/// Both int16 of every lane become the low int16 of that lane.
+SAGELLM_INLINE __m256i twice16(__m256i v) {
+  return _mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_and_si256(v, _mm256_set1_epi32(0xffff)));
+}
+
+// ------------------------------------------------------------------------------------- the float operations
+
+/// One output lane per row; the same two fused operations per unit for every tile shape.
+template <PackedFormat kFormat>
+SAGELLM_INLINE __m256 accumulate(__m256 acc, __m256i dot, __m256 d, __m256 m, __m256 d_x, __m256 s_x) {
+  acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(d, d_x), acc);
+  if constexpr (quant_layout(kFormat).has_min) acc = _mm256_fmadd_ps(m, s_x, acc);
+  return acc;
+}
+
+/// What a tile reads of the activations: token 0 of the tile, one unit.
+struct TileInput {
+  const int8_t* q;
+  const int8_t* q_lo;
+  const float* d;
+  const float* s;
+  const int32_t* sum16;
+  int64_t k;      // from one token to the next in q
+  int64_t units;  // from one token to the next in d, s (and sum16 / 2)
+};
+
+// ------------------------------------------------------------------------------------------------ byte path
+
+/// A unit as unsigned bytes: code[g] holds k = 4g.. of 8 rows.
+struct ByteUnit {
+  __m256i code[2][8];
+  __m256i scale[2][2];  // Q6_K: sub-scale of each k half, int32 lanes
+  __m256 d[2];
+  __m256 m[2];
+};
+
+template <PackedFormat kFormat>
+SAGELLM_INLINE void unpack(const uint8_t* row_block, int64_t index, ByteUnit& out) {
+  const UnitPointer p = unit_pointer<kFormat>(row_block, index);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    load_codes<kFormat, 0>(p.codes, half, out.code[half][0], out.code[half][4]);
+    load_codes<kFormat, 1>(p.codes, half, out.code[half][1], out.code[half][5]);
+    load_codes<kFormat, 2>(p.codes, half, out.code[half][2], out.code[half][6]);
+    load_codes<kFormat, 3>(p.codes, half, out.code[half][3], out.code[half][7]);
+    load_scales<kFormat>(p, half, out.d[half], out.m[half]);
+    if constexpr (kFormat == PackedFormat::kQ6_K) {
+      out.scale[half][0] = load_sub_scale(p, half, 0);
+      out.scale[half][1] = load_sub_scale(p, half, 1);
+    }
+  }
+}
+
+/// Groups of 4 k whose products may be summed in int16: groups * 2 * max code * 127 < 32768.
+constexpr int int16_groups(PackedFormat format) {
+  switch (quant_layout(format).bits) {
+    case CodeBits::k4: return 8;
+    case CodeBits::k5: return 4;
+    default: return 2;
+  }
+}
+
+/// Dot products of a unit with one plane of kTokens tokens, without zero point (Q6_K: with sub-scales).
+template <PackedFormat kFormat, int kTokens>
+SAGELLM_INLINE void dot_bytes(const ByteUnit& w, const int8_t* q, int64_t k, __m256i (&sum)[kTokens][2]) {
+  constexpr int kStep = int16_groups(kFormat);
+#pragma GCC unroll 4
+  for (int g0 = 0; g0 < 8; g0 += kStep) {
+    __m256i partial[kTokens][2];
+#pragma GCC unroll 8
+    for (int g = g0; g < g0 + kStep; ++g) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256i x = broadcast32(q + t * k + 4 * g);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m256i product = _mm256_maddubs_epi16(w.code[half][g], x);
+          partial[t][half] = g == g0 ? product : _mm256_add_epi16(partial[t][half], product);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m256i factor =
+          kFormat == PackedFormat::kQ6_K ? twice16(w.scale[half][g0 / 4]) : _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256i dot = _mm256_madd_epi16(partial[t][half], factor);
+        sum[t][half] = g0 == 0 ? dot : _mm256_add_epi32(sum[t][half], dot);
+      }
+    }
+  }
+}
+
+/// The part of the dot product that the zero point adds; `sums` are the sums of X over each half of k.
+template <PackedFormat kFormat>
+SAGELLM_INLINE __m256i zero_point_part(const ByteUnit& w, const int32_t* sums, int half) {
+  constexpr int kZeroPoint = quant_layout(kFormat).zero_point;
+  if constexpr (kFormat == PackedFormat::kQ6_K) {
+    const __m256i first = _mm256_mullo_epi32(w.scale[half][0], broadcast32(sums));
+    const __m256i second = _mm256_mullo_epi32(w.scale[half][1], broadcast32(sums + 1));
+    return _mm256_slli_epi32(_mm256_add_epi32(first, second), __builtin_ctz(kZeroPoint));
+  } else {
+    const __m256i both = broadcast64(sums);
+    const __m256i sum = _mm256_add_epi32(both, _mm256_shuffle_epi32(both, 0xb1));
+    return _mm256_slli_epi32(sum, __builtin_ctz(kZeroPoint));
+  }
+}
+
+template <PackedFormat kFormat, bool kA15, int kTokens>
+SAGELLM_INLINE void tile_bytes(const ByteUnit& w, const TileInput& x, __m256 (*acc)[2]) {
+  __m256i sum[kTokens][2];
+  dot_bytes<kFormat, kTokens>(w, x.q, x.k, sum);
+  if constexpr (kA15) {
+    __m256i low[kTokens][2];
+    dot_bytes<kFormat, kTokens>(w, x.q_lo, x.k, low);
+    for (int t = 0; t < kTokens; ++t) {
+      for (int half = 0; half < 2; ++half) {
+        sum[t][half] = _mm256_add_epi32(_mm256_slli_epi32(sum[t][half], 7), low[t][half]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    const __m256 d_x = _mm256_set1_ps(x.d[t * x.units]);
+    const __m256 s_x = _mm256_set1_ps(x.s[t * x.units]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (quant_layout(kFormat).zero_point != 0) {
+        sum[t][half] =
+            _mm256_sub_epi32(sum[t][half], zero_point_part<kFormat>(w, x.sum16 + 2 * t * x.units, half));
+      }
+      acc[t][half] = accumulate<kFormat>(acc[t][half], sum[t][half], w.d[half], w.m[half], d_x, s_x);
+    }
+  }
+}
+
+/// The byte path: A8 at any width, A15 (two passes) for one token.
+template <PackedFormat kFormat, bool kA15>
+struct BytePath {
+  using Unit = ByteUnit;
+  // Formats that need int32 partial sums keep fewer tokens in registers.
+  static constexpr int kTile = int16_groups(kFormat) == 8 ? 4 : 2;
+
+  template <int kTokens>
+  static SAGELLM_INLINE void tile(const Unit& w, const TileInput& x, __m256 (*acc)[2]) {
+    tile_bytes<kFormat, kA15, kTokens>(w, x, acc);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ word path
+
+/// A unit as int16 weights: code[2g] holds k = 4g, 4g+2 of 8 rows, code[2g+1] holds k = 4g+1, 4g+3.
+struct WordUnit {
+  __m256i code[2][16];
+  __m256 d[2];
+  __m256 m[2];
+};
+
+template <PackedFormat kFormat>
+SAGELLM_INLINE void split_words(__m256i codes, __m256i scale, __m256i& even, __m256i& odd) {
+  constexpr int kZeroPoint = quant_layout(kFormat).zero_point;
+  even = _mm256_and_si256(codes, _mm256_set1_epi16(0xff));
+  odd = _mm256_srli_epi16(codes, 8);
+  if constexpr (kZeroPoint != 0) {
+    even = _mm256_sub_epi16(even, _mm256_set1_epi16(kZeroPoint));
+    odd = _mm256_sub_epi16(odd, _mm256_set1_epi16(kZeroPoint));
+  }
+  if constexpr (kFormat == PackedFormat::kQ6_K) {
+    even = _mm256_mullo_epi16(even, scale);
+    odd = _mm256_mullo_epi16(odd, scale);
+  }
+}
+
+template <PackedFormat kFormat, int j>
+SAGELLM_INLINE void unpack_words(const UnitPointer& p, int half, const __m256i (&scale)[2], __m256i (&code)[16]) {
+  __m256i low;
+  __m256i high;
+  load_codes<kFormat, j>(p.codes, half, low, high);
+  split_words<kFormat>(low, scale[0], code[2 * j], code[2 * j + 1]);
+  split_words<kFormat>(high, scale[1], code[2 * j + 8], code[2 * j + 9]);
+}
+
+template <PackedFormat kFormat>
+SAGELLM_INLINE void unpack(const uint8_t* row_block, int64_t index, WordUnit& out) {
+  const UnitPointer p = unit_pointer<kFormat>(row_block, index);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m256i scale[2] = {};
+    if constexpr (kFormat == PackedFormat::kQ6_K) {
+      scale[0] = twice16(load_sub_scale(p, half, 0));
+      scale[1] = twice16(load_sub_scale(p, half, 1));
+    }
+    unpack_words<kFormat, 0>(p, half, scale, out.code[half]);
+    unpack_words<kFormat, 1>(p, half, scale, out.code[half]);
+    unpack_words<kFormat, 2>(p, half, scale, out.code[half]);
+    unpack_words<kFormat, 3>(p, half, scale, out.code[half]);
+    load_scales<kFormat>(p, half, out.d[half], out.m[half]);
+  }
+}
+
+/// 32 activations of one token as int16, in the order of WordUnit: 0 2 1 3, 4 6 5 7, ...
+template <bool kA15>
+SAGELLM_INLINE void widen(const int8_t* q, const int8_t* q_lo, int16_t* out) {
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + 16 * i)));
+    if constexpr (kA15) {
+      const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q_lo + 16 * i));
+      x = _mm256_add_epi16(_mm256_slli_epi16(x, 7), _mm256_cvtepi8_epi16(low));
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + 16 * i), _mm256_shuffle_epi8(x, order));
+  }
+}
+
+template <PackedFormat kFormat, bool kA15, int kTokens>
+SAGELLM_INLINE void tile_words(const WordUnit& w, const TileInput& x, __m256 (*acc)[2]) {
+  alignas(32) int16_t words[kTokens][kUnit];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    widen<kA15>(x.q + t * x.k, kA15 ? x.q_lo + t * x.k : nullptr, words[t]);
+  }
+  __m256i sum[kTokens][2];
+#pragma GCC unroll 16
+  for (int e = 0; e < 16; ++e) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256i pair = broadcast32(words[t] + 2 * e);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i dot = _mm256_madd_epi16(w.code[half][e], pair);
+        sum[t][half] = e == 0 ? dot : _mm256_add_epi32(sum[t][half], dot);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    const __m256 d_x = _mm256_set1_ps(x.d[t * x.units]);
+    const __m256 s_x = _mm256_set1_ps(x.s[t * x.units]);
+    acc[t][0] = accumulate<kFormat>(acc[t][0], sum[t][0], w.d[0], w.m[0], d_x, s_x);
+    acc[t][1] = accumulate<kFormat>(acc[t][1], sum[t][1], w.d[1], w.m[1], d_x, s_x);
+  }
+}
+
+/// The word path: A15 for two tokens and more, and Q8_0 always.
+template <PackedFormat kFormat, bool kA15>
+struct WordPath {
+  using Unit = WordUnit;
+  static constexpr int kTile = 4;
+
+  template <int kTokens>
+  static SAGELLM_INLINE void tile(const Unit& w, const TileInput& x, __m256 (*acc)[2]) {
+    tile_words<kFormat, kA15, kTokens>(w, x, acc);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------- drivers
+
+template <typename Path>
+SAGELLM_INLINE void tail_tile(int64_t tokens, const typename Path::Unit& w, const TileInput& x, __m256 (*acc)[2]) {
+  if (tokens == 1) return Path::template tile<1>(w, x, acc);
+  if constexpr (Path::kTile > 2) {
+    if (tokens == 2) return Path::template tile<2>(w, x, acc);
+    if (tokens == 3) return Path::template tile<3>(w, x, acc);
+  }
+}
+
+SAGELLM_INLINE TileInput tile_input(const MatmulParams& p, int64_t token, int64_t unit) {
+  const int64_t units = p.k / kUnit;
+  const int64_t block = token * units + unit;
+  const int64_t q = block * kUnit;
+  return {p.x.q + q, p.x.q_lo != nullptr ? p.x.q_lo + q : nullptr, p.x.d + block, p.x.s + block,
+          p.x.sum16 + 2 * block, p.k, units};
+}
+
+/// One row block x one token: everything stays in registers.
+template <PackedFormat kFormat, typename Path>
+void row_block_one(const MatmulParams& p, const uint8_t* row_block, float* out) {
+  __m256 acc[1][2] = {{_mm256_setzero_ps(), _mm256_setzero_ps()}};
+  const int64_t units = p.k / kUnit;
+  for (int64_t u = 0; u < units; ++u) {
+    typename Path::Unit w;
+    unpack<kFormat>(row_block, u, w);
+    Path::template tile<1>(w, tile_input(p, 0, u), acc);
+  }
+  _mm256_storeu_ps(out, acc[0][0]);
+  _mm256_storeu_ps(out + 8, acc[0][1]);
+}
+
+/// One row block x `count` <= kGroup tokens from `token`.
+template <PackedFormat kFormat, typename Path>
+void row_block_group(const MatmulParams& p, const uint8_t* row_block, int64_t token, int64_t count, float* out) {
+  __m256 acc[kGroup][2];
+  for (int64_t t = 0; t < count; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
+  typename Path::Unit w;
+  const int64_t units = p.k / kUnit;
+  for (int64_t u = 0; u < units; ++u) {
+    unpack<kFormat>(row_block, u, w);
+    int64_t t = 0;
+    for (; t + Path::kTile <= count; t += Path::kTile) {
+      Path::template tile<Path::kTile>(w, tile_input(p, token + t, u), acc + t);
+    }
+    tail_tile<Path>(count - t, w, tile_input(p, token + t, u), acc + t);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    _mm256_storeu_ps(out + t * p.out_stride, acc[t][0]);
+    _mm256_storeu_ps(out + t * p.out_stride + 8, acc[t][1]);
+  }
+}
+
+/// Tokens whose activations stay in L2 while all row blocks pass over them: a multiple of kGroup.
+SAGELLM_INLINE int64_t tokens_in_cache(int64_t bytes_per_token) {
+  constexpr int64_t kCacheBytes = 256 * 1024;
+  const int64_t groups = kCacheBytes / (bytes_per_token * kGroup);
+  return (groups > 0 ? groups : 1) * kGroup;
+}
+
+template <PackedFormat kFormat, typename Path>
+void matmul_units(const MatmulParams& p) {
+  constexpr QuantLayout L = quant_layout(kFormat);
+  const int64_t stride = p.k / (kUnit * L.units) * L.group_bytes;
+  const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
+  const int64_t cached = tokens_in_cache(p.k * (p.x.q_lo != nullptr ? 2 : 1));
+  for (int64_t t0 = 0; t0 < p.num_tokens; t0 += cached) {
+    const int64_t t1 = p.num_tokens - t0 < cached ? p.num_tokens : t0 + cached;
+    for (int64_t rb = p.row_block_begin; rb < p.row_block_end; ++rb) {
+      for (int64_t t = t0; t < t1; t += kGroup) {
+        const int64_t count = t1 - t < kGroup ? t1 - t : kGroup;
+        float* out = p.out + t * p.out_stride + rb * kRowBlock;
+        row_block_group<kFormat, Path>(p, weights + rb * stride, t, count, out);
+      }
+    }
+  }
+}
+
+template <PackedFormat kFormat, typename Path>
+void matvec_units(const MatmulParams& p) {
+  constexpr QuantLayout L = quant_layout(kFormat);
+  const int64_t stride = p.k / (kUnit * L.units) * L.group_bytes;
+  const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
+  for (int64_t rb = p.row_block_begin; rb < p.row_block_end; ++rb) {
+    row_block_one<kFormat, Path>(p, weights + rb * stride, p.out + rb * kRowBlock);
+  }
+}
+
+template <PackedFormat kFormat>
+void matmul_quantized(const MatmulParams& p) {
+  const bool a15 = p.x.q_lo != nullptr;
+  const bool one = p.num_tokens == 1;
+  if constexpr (quant_layout(kFormat).bits == CodeBits::k8) {
+    if (one && a15) return matvec_units<kFormat, WordPath<kFormat, true>>(p);
+    if (one) return matvec_units<kFormat, WordPath<kFormat, false>>(p);
+    if (a15) return matmul_units<kFormat, WordPath<kFormat, true>>(p);
+    return matmul_units<kFormat, WordPath<kFormat, false>>(p);
+  } else {
+    if (one && a15) return matvec_units<kFormat, BytePath<kFormat, true>>(p);
+    if (one) return matvec_units<kFormat, BytePath<kFormat, false>>(p);
+    if (a15) return matmul_units<kFormat, WordPath<kFormat, true>>(p);
+    return matmul_units<kFormat, BytePath<kFormat, false>>(p);
+  }
+}
+
+}  // namespace
+}  // namespace sagellm::kernels

@@ -1,0 +1,24 @@
+// avx512/vmath.h plus the instructions of AVX512_BF16.
+#pragma once
+
+#include "../avx512/vmath.h"
+
+namespace sagellm::kernels {
+namespace {
+
+/// acc + even * even + odd * odd per 32-bit lane of bfloat16 pairs.
+inline Vec dot_pairs(Vec acc, IntVec a, IntVec b) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+}
+inline IntVec broadcast_pair(const uint16_t* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return _mm512_set1_epi32(pair);
+}
+/// Rounds 16 floats to bfloat16 (nearest even).
+inline void store_bf16(uint16_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+}  // namespace
+}  // namespace sagellm::kernels

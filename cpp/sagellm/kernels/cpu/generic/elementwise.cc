@@ -1,0 +1,103 @@
+// Element-wise kernels in plain C++: the specification of the SIMD ones, and the only ones on other machines.
+#include "attention.h"
+#include "sagellm/kernels/cpu/isa_tables.h"
+#include "sagellm/kernels/params.h"
+#include "scalar_math.h"
+
+namespace sagellm::kernels {
+namespace {
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  constexpr int kSums = 8;  // a fixed number of partial sums, so that the loop vectorises in a defined order
+  float sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (int j = 0; j < kSums; ++j) sums[j] += x[i + j] * x[i + j];
+  }
+  for (int j = 0; i + j < n; ++j) sums[j] += x[i + j] * x[i + j];
+  const float total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  const float factor = 1.f / __builtin_sqrtf(total / static_cast<float>(n) + eps);
+  for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+void add_arrays(const float* a, const float* b, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
+}
+
+void scale(float* x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+void rope(float* x, const float* cos, const float* sin, int64_t rot) {
+  const int64_t half = rot / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[half + i];
+    x[i] = a * cos[i] - b * sin[i];
+    x[half + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+void silu_mul(const float* gate_in, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = silu(gate_in[i]) * up[i];
+}
+
+void gelu_tanh_mul(const float* gate_in, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = gelu_tanh(gate_in[i]) * up[i];
+}
+
+void softcap(float* x, float cap, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = cap * tanh(x[i] / cap);
+}
+
+void kv_write(const KvWriteParams& p) {
+  const int head_dim = p.kv.head_dim;
+  for (int t = 0; t < p.num_tokens; ++t) {
+    const int position = p.first_position + t;
+    const int in_block = position % p.kv.block_size, slot = in_block % kSubPage;
+    uint16_t* page = p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
+                     p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * head_dim);
+    const float* k = p.k + t * p.stride;
+    const float* v = p.v + t * p.stride;
+    for (int d = 0; d < head_dim; ++d) {
+      page[(d / 2) * 2 * kSubPage + slot * 2 + d % 2] = float_to_bf16(k[d]);
+    }
+    uint16_t* value = page + kSubPage * head_dim + (slot / 2) * 2 * head_dim;
+    for (int d = 0; d < head_dim; ++d) {
+      value[2 * d + slot % 2] = float_to_bf16(v[d]);
+      if (slot % 2 == 0) value[2 * d + 1] = 0;
+    }
+  }
+}
+
+void argmax(const float* x, int64_t n, float* value, int32_t* index) {
+  int64_t best = -1;
+  for (int64_t i = 0; i < n; ++i) {
+    if (x[i] == x[i] && (best < 0 || x[i] > x[best])) best = i;
+  }
+  *index = best < 0 ? 0 : static_cast<int32_t>(best);
+  *value = x[*index];
+}
+
+double sum_exp(const float* x, float largest, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(exp(x[i] - largest));
+  return sum;
+}
+
+}  // namespace
+
+void fill_ops_generic(KernelTable& table) {
+  table.rms_norm = rms_norm;
+  table.add = add_arrays;
+  table.scale = scale;
+  table.rope = rope;
+  table.silu_mul = silu_mul;
+  table.gelu_tanh_mul = gelu_tanh_mul;
+  table.softcap = softcap;
+  table.kv_write = kv_write;
+  table.argmax = argmax;
+  table.sum_exp = sum_exp;
+  fill_attention_generic(table);
+}
+
+}  // namespace sagellm::kernels

@@ -1,0 +1,381 @@
+// Paged attention over vector registers, written once for every SIMD instruction set.
+//
+// Include after the folder's vmath.h and simd_math.h. `attend<Policy>` holds the control flow and the softmax; the
+// Policy holds the two inner products. Semantics: AttentionParams in params.h.
+//
+// The order of floating-point operations is fixed for one (query row, output) whatever else the call computes:
+//   1. score of a token: one or two fma chains over the head dimension (see the Policy), then their sum;
+//   2. tile maximum: exact, hence order-free. If it exceeds m: c = exp2(m - max), l *= c, acc *= c, m = max;
+//   3. p = exp2(score - m), 0 where masked; l += sum of the tile: lane sums over ascending tokens, one fixed tree;
+//   4. acc[d] gains p * v in ascending token order, in one chain;
+//   5. splits are merged in ascending order by merge_state(), in attention() and in attention_finish() alike.
+// A tile without a visible token for a row leaves that row's state untouched; a token or V slot the row does not see
+// is never multiplied, so stale or foreign bytes (NaN included) cannot reach it.
+#pragma once
+
+namespace sagellm::kernels {
+namespace {
+
+constexpr float kNegativeInfinity = -__builtin_inff();
+constexpr int kTileSubPages = kAttentionTile / kSubPage;
+constexpr int kPrefetchTiles = 2;  // how far ahead of the tile being computed the next K and V lines are requested
+
+constexpr int kMaxRowGroup = 8;    // rows that share one pass over a tile
+
+struct AttentionScratch {
+  alignas(64) float q[kAttentionRows * kMaxHeadDim];  // scaled queries of a widening policy
+  alignas(64) uint16_t q16[kAttentionRows * kMaxHeadDim];  // and of a bf16 policy
+  alignas(64) float acc[kAttentionRows * kMaxHeadDim];  // state of the split being built
+  alignas(64) float scores[kMaxRowGroup * kAttentionTile];
+  alignas(64) uint16_t weights16[kMaxRowGroup * kAttentionTile];
+  float m[kAttentionRows];
+  float l[kAttentionRows];
+};
+
+/// Softmax states of consecutive rows.
+struct StateView {
+  float* m;
+  float* l;
+  float* acc;  // [rows][head_dim]
+};
+
+/// The sub-pages of one tile; entries outside [first, last) are not set.
+struct TilePages {
+  const uint16_t* page[kTileSubPages];
+  const uint16_t* ahead[kTileSubPages];  // what to prefetch meanwhile (never null when first <= i < last)
+  int first;
+  int last;
+};
+
+/// Token range [begin, end) that a row sees.
+struct Range {
+  int begin;
+  int end;
+};
+
+inline int min_int(int a, int b) { return a < b ? a : b; }
+inline int max_int(int a, int b) { return a > b ? a : b; }
+
+inline float exp2_scalar(float x) {
+  alignas(64) float lane[kLanes];
+  store(lane, exp2(set(x)));
+  return lane[0];
+}
+
+inline void scale_row(float* acc, float factor, int n) {
+  const Vec f = set(factor);
+  for (int i = 0; i < n; i += kLanes) store(acc + i, mul(load(acc + i), f));
+}
+
+inline void clear_state(StateView s, int rows, int head_dim) {
+  for (int r = 0; r < rows; ++r) {
+    s.m[r] = kNegativeInfinity;
+    s.l[r] = 0.f;
+  }
+  for (int i = 0; i < rows * head_dim; i += kLanes) store(s.acc + i, zero());
+}
+
+/// (m, l, acc) <- merge((m, l, acc), b). An empty side (l == 0) leaves the other as it is.
+inline void merge_state(float* m, float* l, float* acc, float bm, float bl, const float* bacc, int head_dim) {
+  if (bl == 0.f) return;
+  if (*l == 0.f) {
+    *m = bm;
+    *l = bl;
+    for (int i = 0; i < head_dim; i += kLanes) store(acc + i, load(bacc + i));
+    return;
+  }
+  const float top = *m > bm ? *m : bm;
+  const float ca = exp2_scalar(*m - top), cb = exp2_scalar(bm - top);
+  const Vec va = set(ca), vb = set(cb);
+  *m = top;
+  *l = __builtin_fmaf(bl, cb, *l * ca);
+  for (int i = 0; i < head_dim; i += kLanes) {
+    store(acc + i, fma(load(bacc + i), vb, mul(load(acc + i), va)));
+  }
+}
+
+inline Range visible(const AttentionParams& p, int row) {
+  const int position = p.first_position + row / p.group;
+  return {p.window > 0 ? max_int(0, position - p.window + 1) : 0, position + 1};
+}
+
+inline const uint16_t* sub_page(const AttentionParams& p, int position) {
+  const int in_block = position % p.kv.block_size;
+  return p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride + p.kv_head * p.kv.head_stride +
+         (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Inner products on fp32 lanes: bfloat16 K and V are widened exactly. A score is two chains over ascending dimension,
+// even and odd, then even + odd.
+struct WidenPolicy {
+  using Query = float;
+  using Weight = float;
+
+  static constexpr int columns(int rows) {  // accumulator registers per row in weigh()
+    return kLanes == 8 ? (rows == 1 ? 8 : rows <= 3 ? 4 : 2) : (rows <= 3 ? 8 : rows <= 6 ? 4 : 2);
+  }
+  static constexpr int kRowGroup = kLanes == 8 ? 4 : 8;
+
+  static Query* queries(AttentionScratch& s) { return s.q; }
+  static int query_stride(int head_dim) { return head_dim; }
+  static void prepare(const float* q, float factor, int head_dim, Query* out) {
+    const Vec f = set(factor);
+    for (int i = 0; i < head_dim; i += kLanes) store(out + i, mul(load(q + i), f));
+  }
+
+  static Weight* weights(AttentionScratch& s) { return s.scores; }
+  static void store_weights(Weight* out, Vec p) { store(out, p); }
+
+  template <int kRows, bool kPrefetch>
+  static void score(const Query* q, const uint16_t* page, const uint16_t* ahead, int head_dim, float* out) {
+    for (int half = 0; half < kSubPage / kLanes; ++half) {
+      Vec even[kRows], odd[kRows];
+      for (int r = 0; r < kRows; ++r) even[r] = odd[r] = zero();
+      const uint16_t* key = page + half * 2 * kLanes;
+      for (int i = 0; i < head_dim / 2; ++i) {
+        if constexpr (kPrefetch) {
+          // One K line and one V line per pair of dimensions, spread over the halves.
+          if (half == 0) prefetch_l2(ahead + i * 32);
+          if (half == kSubPage / kLanes - 1) prefetch_l2(ahead + kSubPage * head_dim + i * 32);
+        }
+        const IntVec pair = load_pairs(key + i * 2 * kSubPage);
+        const Vec k0 = even_element(pair), k1 = odd_element(pair);
+        for (int r = 0; r < kRows; ++r) {
+          even[r] = fma(set(q[r * head_dim + 2 * i]), k0, even[r]);
+          odd[r] = fma(set(q[r * head_dim + 2 * i + 1]), k1, odd[r]);
+        }
+      }
+      for (int r = 0; r < kRows; ++r) store(out + r * kAttentionTile + half * kLanes, add(even[r], odd[r]));
+    }
+  }
+
+  template <int kRows, int kColumns>
+  struct Accumulator {
+    Vec acc[kRows][kColumns];
+
+    /// acc += p * v for one token pair; `keep` clears the half of V that no row sees.
+    inline void step(const Weight* w, const uint16_t* value, uint32_t keep) {
+      Vec weight[kRows];
+      for (int r = 0; r < kRows; ++r) weight[r] = set(w[r * kAttentionTile]);
+      for (int c = 0; c < kColumns; ++c) {
+        const Vec v = even_element(keep_bits(load_pairs(value + c * 2 * kLanes), keep));
+        for (int r = 0; r < kRows; ++r) acc[r][c] = fma(weight[r], v, acc[r][c]);
+      }
+      for (int r = 0; r < kRows; ++r) weight[r] = set(w[r * kAttentionTile + 1]);
+      for (int c = 0; c < kColumns; ++c) {
+        const Vec v = odd_element(keep_bits(load_pairs(value + c * 2 * kLanes), keep));
+        for (int r = 0; r < kRows; ++r) acc[r][c] = fma(weight[r], v, acc[r][c]);
+      }
+    }
+  };
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// Weighted values: acc[r][d] += sum over the tokens of `seen` of w[r][token] * v[token][d], for kRows rows that see
+// the same tokens. Register block: kRows x kColumns vectors.
+template <class Policy, int kRows, int kColumns>
+inline void weigh_columns(const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim, int d,
+                          float* acc) {
+  typename Policy::template Accumulator<kRows, kColumns> a;
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) a.acc[r][c] = load(acc + r * head_dim + d + c * kLanes);
+  }
+  const auto value = [&](int pair) {
+    return tile.page[pair / 8] + kSubPage * head_dim + (pair % 8) * 2 * head_dim + 2 * d;
+  };
+  if (seen.begin % 2 != 0) a.step(w + seen.begin - 1, value(seen.begin / 2), 0xffff0000u);
+  int pair = (seen.begin + 1) / 2;
+  while (pair < seen.end / 2) {
+    const uint16_t* v = value(pair);
+    const int stop = min_int(seen.end / 2, (pair / 8 + 1) * 8);
+    for (; pair < stop; ++pair, v += 2 * head_dim) a.step(w + 2 * pair, v, 0xffffffffu);
+  }
+  if (seen.end % 2 != 0) a.step(w + seen.end - 1, value(seen.end / 2), 0x0000ffffu);
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) store(acc + r * head_dim + d + c * kLanes, a.acc[r][c]);
+  }
+}
+
+template <class Policy, int kRows, int kColumns = Policy::columns(kRows)>
+inline void weigh(const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim, int d,
+                  float* acc) {
+  for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) {
+    weigh_columns<Policy, kRows, kColumns>(tile, seen, w, head_dim, d, acc);
+  }
+  if constexpr (kColumns * kLanes > 16) weigh<Policy, kRows, kColumns / 2>(tile, seen, w, head_dim, d, acc);
+}
+
+template <class Policy, int kRows>
+inline void weigh_rows(int rows, const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim,
+                       float* acc) {
+  if (rows == kRows) return weigh<Policy, kRows>(tile, seen, w, head_dim, 0, acc);
+  if constexpr (kRows > 1) weigh_rows<Policy, kRows - 1>(rows, tile, seen, w, head_dim, acc);
+}
+
+template <class Policy, int kRows>
+inline void score_rows(int rows, const TilePages& tile, const typename Policy::Query* q, int head_dim, bool prefetch,
+                       float* scores) {
+  if (rows == kRows) {
+    for (int s = tile.first; s < tile.last; ++s) {
+      float* out = scores + s * kSubPage;
+      if (prefetch) {
+        Policy::template score<kRows, true>(q, tile.page[s], tile.ahead[s], head_dim, out);
+      } else {
+        Policy::template score<kRows, false>(q, tile.page[s], nullptr, head_dim, out);
+      }
+    }
+  } else if constexpr (kRows > 1) {
+    score_rows<Policy, kRows - 1>(rows, tile, q, head_dim, prefetch, scores);
+  }
+}
+
+/// Steps 2 and 3 for one row; turns scores [first, last) sub-pages into weights.
+template <class Policy>
+inline void soften(const TilePages& tile, Range seen, int head_dim, const float* scores,
+                   typename Policy::Weight* weights, float* m, float* l, float* acc) {
+  const int begin = tile.first * kSubPage, end = tile.last * kSubPage;
+  Vec top = set(kNegativeInfinity);
+  for (int i = begin; i < end; i += kLanes) {
+    top = max(top, select(range_mask(i, seen.begin, seen.end), load(scores + i), set(kNegativeInfinity)));
+  }
+  const float tile_max = reduce_max(top);
+  if (tile_max > *m) {
+    const float c = exp2_scalar(*m - tile_max);
+    *m = tile_max;
+    *l *= c;
+    scale_row(acc, c, head_dim);
+  }
+  const Vec mv = set(*m);
+  Vec sum = zero();
+  for (int i = begin; i < end; i += kLanes) {
+    const Vec p = select(range_mask(i, seen.begin, seen.end), exp2(sub(load(scores + i), mv)), zero());
+    sum = add(sum, p);
+    Policy::store_weights(weights + i, p);
+  }
+  *l = *l + reduce_add(sum);
+}
+
+/// One tile for rows [row, row + rows), rows <= Policy::kRowGroup. `seen` is relative to the tile.
+template <class Policy>
+inline void attend_group(const AttentionParams& p, AttentionScratch& s, const TilePages& pages, const Range* seen,
+                         int row, int rows, bool prefetch, StateView state) {
+  const int head_dim = p.kv.head_dim;
+  int first = kAttentionTile, last = 0;
+  for (int r = 0; r < rows; ++r) {
+    if (seen[r].begin >= seen[r].end) continue;
+    first = min_int(first, seen[r].begin);
+    last = max_int(last, seen[r].end);
+  }
+  if (first >= last) return;
+  TilePages tile = pages;
+  tile.first = first / kSubPage;
+  tile.last = (last + kSubPage - 1) / kSubPage;
+
+  score_rows<Policy, Policy::kRowGroup>(rows, tile, Policy::queries(s) + row * Policy::query_stride(head_dim),
+                                        head_dim, prefetch, s.scores);
+  typename Policy::Weight* weights = Policy::weights(s);
+  for (int r = 0; r < rows; ++r) {
+    if (seen[r].begin >= seen[r].end) continue;
+    float* scores = s.scores + r * kAttentionTile;
+    if (p.softcap > 0.f) {
+      const Vec in = set(p.scale / p.softcap), out = set(p.softcap * kLog2E);
+      for (int i = tile.first * kSubPage; i < tile.last * kSubPage; i += kLanes) {
+        store(scores + i, mul(tanh(mul(load(scores + i), in)), out));
+      }
+    }
+    soften<Policy>(tile, seen[r], head_dim, scores, weights + r * kAttentionTile, &state.m[row + r],
+                   &state.l[row + r], state.acc + (row + r) * head_dim);
+  }
+  for (int r = 0; r < rows;) {  // runs of rows with the same range: all rows inside the context, a token's at its edge
+    int next = r + 1;
+    while (next < rows && seen[next].begin == seen[r].begin && seen[next].end == seen[r].end) ++next;
+    if (seen[r].begin < seen[r].end) {
+      weigh_rows<Policy, Policy::kRowGroup>(next - r, tile, seen[r], weights + r * kAttentionTile, head_dim,
+                                            state.acc + (row + r) * head_dim);
+    }
+    r = next;
+  }
+}
+
+/// Adds the tokens [span.begin, span.end) of one split to a fresh state of rows [row0, row0 + rows) of the call.
+template <class Policy>
+inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0, int rows, Range span,
+                         int prefetch_end, StateView state) {
+  const int groups = (rows + Policy::kRowGroup - 1) / Policy::kRowGroup;
+  const int group_rows = (rows + groups - 1) / groups;
+  const bool prefetch = groups == 1;
+  for (int start = span.begin - span.begin % kAttentionTile; start < span.end; start += kAttentionTile) {
+    TilePages pages;
+    pages.first = max_int(0, span.begin - start) / kSubPage;
+    pages.last = (min_int(kAttentionTile, span.end - start) + kSubPage - 1) / kSubPage;
+    for (int i = pages.first; i < pages.last; ++i) {
+      const int position = start + i * kSubPage, ahead = position + kPrefetchTiles * kAttentionTile;
+      pages.page[i] = sub_page(p, position);
+      pages.ahead[i] = ahead < prefetch_end ? sub_page(p, ahead) : pages.page[i];
+    }
+    for (int row = 0; row < rows; row += group_rows) {
+      const int count = min_int(group_rows, rows - row);
+      Range seen[kMaxRowGroup];
+      for (int r = 0; r < count; ++r) {
+        const Range all = visible(p, row0 + row + r);
+        seen[r].begin = max_int(0, all.begin - start);
+        seen[r].end = min_int(kAttentionTile, all.end - start);
+      }
+      attend_group<Policy>(p, s, pages, seen, row, count, prefetch, state);
+    }
+  }
+}
+
+template <class Policy>
+inline void attend(const AttentionParams& p) {
+  AttentionScratch& s = *static_cast<AttentionScratch*>(p.scratch);
+  const int head_dim = p.kv.head_dim;
+  const float factor = p.softcap > 0.f ? 1.f : p.scale * kLog2E;
+  const int total_rows = p.num_tokens * p.group;
+  for (int row0 = 0; row0 < total_rows; row0 += kAttentionRows) {
+    const int rows = min_int(kAttentionRows, total_rows - row0);
+    for (int r = 0; r < rows; ++r) {
+      const float* q = p.q + ((row0 + r) / p.group) * p.q_stride + ((row0 + r) % p.group) * head_dim;
+      Policy::prepare(q, factor, head_dim, Policy::queries(s) + r * Policy::query_stride(head_dim));
+    }
+    const StateView out{p.m + row0, p.l + row0, p.acc + static_cast<int64_t>(row0) * head_dim};
+    const StateView fresh{s.m, s.l, s.acc};
+    clear_state(out, rows, head_dim);
+    const Range all{visible(p, row0).begin, visible(p, row0 + rows - 1).end};
+    const int prefetch_end = min_int(all.end, p.split_end * kAttentionSplit);
+    bool empty = true;
+    for (int split = p.split_begin; split < p.split_end; ++split) {
+      const Range span{max_int(all.begin, split * kAttentionSplit), min_int(all.end, (split + 1) * kAttentionSplit)};
+      if (span.begin >= span.end) continue;
+      if (empty) {  // merge(nothing, state) is the state
+        attend_split<Policy>(p, s, row0, rows, span, prefetch_end, out);
+        empty = false;
+        continue;
+      }
+      clear_state(fresh, rows, head_dim);
+      attend_split<Policy>(p, s, row0, rows, span, prefetch_end, fresh);
+      for (int r = 0; r < rows; ++r) {
+        merge_state(&out.m[r], &out.l[r], out.acc + r * head_dim, fresh.m[r], fresh.l[r], fresh.acc + r * head_dim,
+                    head_dim);
+      }
+    }
+  }
+}
+
+void attention_finish(const AttentionFinishParams& p) {
+  const int head_dim = p.head_dim;
+  for (int row = 0; row < p.rows; ++row) {
+    float* out = p.out + (row / p.group) * p.out_stride + (row % p.group) * head_dim;
+    float m = kNegativeInfinity, l = 0.f;
+    for (int i = 0; i < head_dim; i += kLanes) store(out + i, zero());
+    for (int state = 0; state < p.count; ++state) {
+      const int64_t at = static_cast<int64_t>(state) * p.rows + row;
+      merge_state(&m, &l, out, p.m[at], p.l[at], p.acc + at * head_dim, head_dim);
+    }
+    if (l != 0.f) scale_row(out, 1.f / l, head_dim);
+  }
+}
+
+}  // namespace
+}  // namespace sagellm::kernels

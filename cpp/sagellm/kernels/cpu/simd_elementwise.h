@@ -1,0 +1,176 @@
+// Element-wise kernels over vector registers, written once for every SIMD instruction set.
+//
+// Include after the folder's vmath.h and simd_math.h. A tail shorter than a register goes through the same vector
+// code on a zero-padded copy, so an element's result depends on its inputs only and never on its place in the array
+// or on how threads share the array. Sums run in an order fixed by n alone.
+#pragma once
+
+namespace sagellm::kernels {
+namespace {
+
+inline Vec load_part(const float* p, int64_t count) {
+  alignas(64) float buffer[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+inline void store_part(float* p, Vec v, int64_t count) {
+  alignas(64) float buffer[kLanes];
+  store(buffer, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+template <class Fn>
+inline void map1(const float* a, int64_t n, float* out, Fn fn) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, fn(load(a + i)));
+  if (i < n) store_part(out + i, fn(load_part(a + i, n - i)), n - i);
+}
+
+template <class Fn>
+inline void map2(const float* a, const float* b, int64_t n, float* out, Fn fn) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, fn(load(a + i), load(b + i)));
+  if (i < n) store_part(out + i, fn(load_part(a + i, n - i), load_part(b + i, n - i)), n - i);
+}
+
+inline void to_bf16(const float* x, uint16_t* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_low16(out + i, round_bf16(load(x + i)));
+  if (i < n) {
+    uint16_t buffer[kLanes];
+    store_low16(buffer, round_bf16(load_part(x + i, n - i)));
+    for (int64_t j = 0; i + j < n; ++j) out[i + j] = buffer[j];
+  }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  Vec sum0 = zero(), sum1 = zero();
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Vec a = load(x + i), b = load(x + i + kLanes);
+    sum0 = fma(a, a, sum0);
+    sum1 = fma(b, b, sum1);
+  }
+  for (; i < n; i += kLanes) {
+    const Vec a = n - i >= kLanes ? load(x + i) : load_part(x + i, n - i);
+    sum0 = fma(a, a, sum0);
+  }
+  const float mean = reduce_add(add(sum0, sum1)) / static_cast<float>(n);
+  const Vec factor = set(1.f / __builtin_sqrtf(mean + eps));
+  map2(x, weight, n, out, [factor](Vec a, Vec w) { return mul(mul(a, factor), w); });
+}
+
+void add_arrays(const float* a, const float* b, int64_t n, float* out) {
+  map2(a, b, n, out, [](Vec x, Vec y) { return add(x, y); });
+}
+
+void scale(float* x, float factor, int64_t n) {
+  const Vec f = set(factor);
+  map1(x, n, x, [f](Vec a) { return mul(a, f); });
+}
+
+void rope(float* x, const float* cos, const float* sin, int64_t rot) {
+  const int64_t half = rot / 2;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t left = half - i;
+    if (left >= kLanes) {
+      const Vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+      store(x + i, fnma(b, s, mul(a, c)));
+      store(x + half + i, fma(a, s, mul(b, c)));
+    } else {
+      const Vec a = load_part(x + i, left), b = load_part(x + half + i, left);
+      const Vec c = load_part(cos + i, left), s = load_part(sin + i, left);
+      store_part(x + i, fnma(b, s, mul(a, c)), left);
+      store_part(x + half + i, fma(a, s, mul(b, c)), left);
+    }
+  }
+}
+
+void silu_mul(const float* gate_in, const float* up, int64_t n, float* out) {
+  map2(gate_in, up, n, out, [](Vec g, Vec u) { return mul(silu(g), u); });
+}
+
+void gelu_tanh_mul(const float* gate_in, const float* up, int64_t n, float* out) {
+  map2(gate_in, up, n, out, [](Vec g, Vec u) { return mul(gelu_tanh(g), u); });
+}
+
+void softcap(float* x, float cap, int64_t n) {
+  const Vec c = set(cap);
+  map1(x, n, x, [c](Vec a) { return mul(c, tanh(div(a, c))); });
+}
+
+void argmax(const float* x, int64_t n, float* value, int32_t* index) {
+  Vec best = set(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) best = max(load(x + i), best);  // a NaN leaves `best` as it is
+  float largest = reduce_max(best);
+  for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+
+  const Vec target = set(largest);
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const unsigned hits = equal_bits(load(x + i), target);
+    if (hits != 0) {
+      i += __builtin_ctz(hits);
+      break;
+    }
+  }
+  while (i < n && !(x[i] == largest)) ++i;
+  *index = i < n ? static_cast<int32_t>(i) : 0;  // no element equals -inf or a number: all are NaN
+  *value = x[*index];
+}
+
+double sum_exp(const float* x, float largest, int64_t n) {
+  const Vec m = set(largest);
+  DoubleSums sums = double_zero();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sums = double_add(sums, exp(sub(load(x + i), m)));
+  if (i < n) {
+    const Vec e = exp(sub(load_part(x + i, n - i), m));
+    sums = double_add(sums, select(range_mask(0, 0, static_cast<int>(n - i)), e, zero()));
+  }
+  return double_reduce(sums);
+}
+
+/// Writes one token's K column and V row of a sub-page. `k` and `v` are rounded to nearest-even bfloat16.
+inline void write_token(uint16_t* page, int slot, int head_dim, const float* k, const float* v) {
+  alignas(64) uint16_t rounded[kMaxHeadDim];
+  to_bf16(k, rounded, head_dim);
+  uint16_t* key = page + slot * 2;  // [head_dim / 2][16 tokens][2]
+  for (int i = 0; i < head_dim / 2; ++i) {
+    key[i * 2 * kSubPage] = rounded[2 * i];
+    key[i * 2 * kSubPage + 1] = rounded[2 * i + 1];
+  }
+  uint16_t* value = page + kSubPage * head_dim + (slot / 2) * 2 * head_dim;  // [8 pairs][head_dim][2]
+  for (int d = 0; d < head_dim; d += kLanes) {
+    const IntVec even_or_odd = round_bf16(load(v + d));
+    uint16_t* pair = value + 2 * d;
+    store_pairs(pair, slot % 2 == 0 ? even_or_odd : or_high16(keep_bits(load_pairs(pair), 0xffffu), even_or_odd));
+  }
+}
+
+void kv_write(const KvWriteParams& p) {
+  const int head_dim = p.kv.head_dim;
+  for (int t = 0; t < p.num_tokens; ++t) {
+    const int position = p.first_position + t;
+    const int in_block = position % p.kv.block_size;
+    uint16_t* page = p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
+                     p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * head_dim);
+    write_token(page, in_block % kSubPage, head_dim, p.k + t * p.stride, p.v + t * p.stride);
+  }
+}
+
+inline void fill_elementwise(KernelTable& table) {
+  table.rms_norm = rms_norm;
+  table.add = add_arrays;
+  table.scale = scale;
+  table.rope = rope;
+  table.silu_mul = silu_mul;
+  table.gelu_tanh_mul = gelu_tanh_mul;
+  table.softcap = softcap;
+  table.kv_write = kv_write;
+  table.argmax = argmax;
+  table.sum_exp = sum_exp;
+}
+
+}  // namespace
+}  // namespace sagellm::kernels

@@ -1,0 +1,198 @@
+#include "sagellm/model/weights.h"
+
+#include <span>
+
+#include "sagellm/base/dtype.h"
+#include "sagellm/base/error.h"
+#include "sagellm/base/math.h"
+#include "sagellm/quant/codec.h"
+
+namespace sagellm::model {
+
+namespace {
+
+/// Rows of a NeoX-ordered matrix in terms of GGUF's interleaved order, per head.
+std::vector<int64_t> unpermuted_rows(int64_t n, int64_t heads) {
+  const int64_t dim = n / heads;
+  std::vector<int64_t> rows(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t j = i % dim;
+    rows[static_cast<size_t>(i)] = i - j + 2 * (j % (dim / 2)) + j / (dim / 2);
+  }
+  return rows;
+}
+
+/// Collects packing work over all matrices, then runs it on the pool in chunks of row blocks.
+class Loader {
+ public:
+  explicit Loader(const TensorSources& sources) : sources_(sources) {}
+
+  const TensorSource& source(const std::string& name) const {
+    const auto it = sources_.find(name);
+    require<CorruptFile>(it != sources_.end(), "the checkpoint has no tensor for '", name, "'");
+    return it->second;
+  }
+
+  const checkpoint::TensorInfo& tensor(const std::string& name, std::vector<int64_t> shape) const {
+    const TensorSource& from = source(name);
+    const checkpoint::TensorInfo& info = from.file->tensor(from.tensor);
+    if (info.shape != shape) {
+      fail<CorruptFile>("tensor '", from.tensor, "' (", name, ") has shape ", to_string(info.shape), ", expected ",
+                        to_string(shape));
+    }
+    return info;
+  }
+
+  std::vector<float> vector(const std::string& name, int64_t n) const {
+    const checkpoint::TensorInfo& info = tensor(name, {n});
+    const TensorSource& from = source(name);
+    std::vector<float> stored(static_cast<size_t>(n));
+    quant::dequantize_row(info.format, info.data, stored.data(), n);
+    if (from.unpermute_heads > 0) {
+      const std::vector<int64_t> rows = unpermuted_rows(n, from.unpermute_heads);
+      std::vector<float> ordered(stored.size());
+      for (size_t i = 0; i < rows.size(); ++i) ordered[i] = stored[static_cast<size_t>(rows[i])];
+      stored = std::move(ordered);
+    }
+    if (from.add_one) {
+      for (float& value : stored) value += 1.f;
+    }
+    return stored;
+  }
+
+  /// Schedules `name` [n, k] to be packed into `out`, which must stay in place until `run`.
+  void matrix(const std::string& name, int64_t n, int64_t k, quant::PackedMatrix& out) {
+    const checkpoint::TensorInfo& info = tensor(name, {n, k});
+    const TensorSource& from = source(name);
+    require<CorruptFile>(from.unpermute_heads == 0 || n % (2 * from.unpermute_heads) == 0, "tensor '", name,
+                         "' cannot be split into ", from.unpermute_heads, " heads");
+    out.format = quant::packed_format_of(info.format);
+    out.n = n;
+    out.k = k;
+    out.row_block_stride = kernels::packed_row_block_bytes(out.format, k);
+    Job job{&info, &out, {}};
+    if (from.unpermute_heads > 0) job.row_map = unpermuted_rows(n, from.unpermute_heads);
+    jobs_.push_back(std::move(job));
+  }
+
+  void run(runtime::ThreadPool& pool) {
+    allocate();
+    struct Chunk {
+      const Job* job;
+      int64_t begin, end;
+    };
+    std::vector<Chunk> chunks;
+    for (const Job& job : jobs_) {
+      const int64_t blocks = job.out->num_row_blocks();
+      const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / static_cast<int64_t>(job.out->row_block_stride));
+      for (int64_t b = 0; b < blocks; b += step) chunks.push_back({&job, b, std::min(b + step, blocks)});
+    }
+    runtime::WorkQueue queue(1);
+    pool.run([&](int) {
+      queue.for_each(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Chunk& chunk = chunks[static_cast<size_t>(i)];
+          const Job& job = *chunk.job;
+          quant::pack_row_blocks(job.info->format, job.info->data,
+                                 static_cast<size_t>(row_bytes(job.info->format, job.out->k)),
+                                 std::span<const int64_t>(job.row_map), *job.out, chunk.begin, chunk.end);
+        }
+      });
+    });
+  }
+
+ private:
+  struct Job {
+    const checkpoint::TensorInfo* info;
+    quant::PackedMatrix* out;
+    std::vector<int64_t> row_map;
+  };
+
+  /// All matrices share one mapping, in the order in which a step reads them, so that small ones get huge pages too.
+  void allocate() {
+    const auto bytes = [](const quant::PackedMatrix& m) {
+      return static_cast<size_t>(round_up(static_cast<int64_t>(m.row_block_stride) * m.num_row_blocks(), 64));
+    };
+    size_t total = 0;
+    for (const Job& job : jobs_) total += bytes(*job.out);
+    Buffer all(total);
+    size_t offset = 0;
+    for (const Job& job : jobs_) {
+      job.out->storage = all.slice(offset, bytes(*job.out));
+      offset += bytes(*job.out);
+    }
+  }
+
+  static std::string to_string(const std::vector<int64_t>& shape) {
+    std::string out = "[";
+    for (const int64_t extent : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(extent);
+    return out + "]";
+  }
+
+  const TensorSources& sources_;
+  std::vector<Job> jobs_;
+};
+
+}  // namespace
+
+Weights::Weights(const ModelConfig& config, const TensorSources& sources, runtime::ThreadPool& pool)
+    : layers_(config.layers.size()), hidden_size_(config.hidden_size) {
+  Loader loader(sources);
+  const int64_t hidden = config.hidden_size;
+  const int64_t q_size = int64_t{config.num_heads} * config.head_dim;
+  const int64_t kv_size = int64_t{config.num_kv_heads} * config.head_dim;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    LayerWeights& layer = layers_[i];
+    const std::string at = "layers." + std::to_string(i) + ".";
+    loader.matrix(at + "q", q_size, hidden, layer.q);
+    loader.matrix(at + "k", kv_size, hidden, layer.k);
+    loader.matrix(at + "v", kv_size, hidden, layer.v);
+    loader.matrix(at + "o", hidden, q_size, layer.o);
+    loader.matrix(at + "gate", config.intermediate_size, hidden, layer.gate);
+    loader.matrix(at + "up", config.intermediate_size, hidden, layer.up);
+    loader.matrix(at + "down", hidden, config.intermediate_size, layer.down);
+    layer.attn_norm = loader.vector(at + "attn_norm", hidden);
+    layer.ffn_norm = loader.vector(at + "ffn_norm", hidden);
+    if (config.qkv_bias) {
+      layer.q_bias = loader.vector(at + "q_bias", q_size);
+      layer.k_bias = loader.vector(at + "k_bias", kv_size);
+      layer.v_bias = loader.vector(at + "v_bias", kv_size);
+    }
+    if (config.qk_norm) {
+      layer.q_norm = loader.vector(at + "q_norm", config.head_dim);
+      layer.k_norm = loader.vector(at + "k_norm", config.head_dim);
+    }
+    if (config.post_norms) {
+      layer.attn_post_norm = loader.vector(at + "attn_post_norm", hidden);
+      layer.ffn_post_norm = loader.vector(at + "ffn_post_norm", hidden);
+    }
+  }
+  final_norm_ = loader.vector("final_norm", hidden);
+  loader.matrix(config.tie_embeddings ? "embed" : "lm_head", config.vocab_size, hidden, head_);
+  if (!config.tie_embeddings) {
+    const checkpoint::TensorInfo& info = loader.tensor("embed", {config.vocab_size, hidden});
+    embedding_file_ = loader.source("embed").file;
+    embedding_format_ = info.format;
+    embedding_rows_ = info.data;
+    embedding_row_bytes_ = row_bytes(info.format, hidden);
+  }
+  loader.run(pool);
+
+  for (const LayerWeights& layer : layers_) {
+    for (const quant::PackedMatrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+      bytes_ += m->bytes();
+    }
+  }
+  bytes_ += head_.bytes();
+  bytes_per_token_ = bytes_;
+}
+
+void Weights::embedding(int32_t token, float* out) const {
+  if (embedding_file_ == nullptr) {
+    quant::unpack_row(head_, token, out);
+  } else {
+    quant::dequantize_row(embedding_format_, embedding_rows_ + token * embedding_row_bytes_, out, hidden_size_);
+  }
+}
+
+}  // namespace sagellm::model

@@ -1,0 +1,549 @@
+#include "sagellm/quant/pack.h"
+
+#include <array>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "sagellm/base/error.h"
+#include "sagellm/base/math.h"
+#include "sagellm/quant/formats.h"
+
+namespace sagellm::quant {
+
+using kernels::kRowBlock;
+using kernels::PackedFormat;
+
+namespace {
+
+constexpr int kRows = kRowBlock;
+constexpr int kNibbleBytes = 256;  // one unit: 16 rows x 32 codes
+constexpr int kHighBytes = 64;
+constexpr int kTwoBytes = 128;
+constexpr int kUnitDwords = 8;  // 32 codes of a row, 4 to a dword
+constexpr int kUnits = kSuperblock / kBlock;
+
+/// Source bytes of the 16 rows of one row block.
+using Rows = std::array<const uint8_t*, kRows>;
+
+template <typename Block>
+const Block& block_of(const Rows& rows, int r, int64_t index) {
+  return reinterpret_cast<const Block*>(rows[static_cast<size_t>(r)])[index];
+}
+
+inline uint32_t load32(const void* p) {
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+inline uint16_t load16(const void* p) {
+  uint16_t v;
+  std::memcpy(&v, p, 2);
+  return v;
+}
+inline void store32(uint8_t* p, uint32_t v) { std::memcpy(p, &v, 4); }
+inline void store16(uint8_t* p, uint16_t v) { std::memcpy(p, &v, 2); }
+
+/// Bit 0 of each byte, gathered to bits 0..3.
+inline uint32_t gather_bits(uint32_t bytes) { return ((bytes & 0x01010101u) * 0x10204080u) >> 28; }
+
+// ---- plain formats ------------------------------------------------------------------------------
+
+void pack_f32(const Rows& rows, int64_t k, uint8_t* out) {
+  for (int64_t i = 0; i < k; ++i, out += 4 * kRows) {
+    for (size_t r = 0; r < kRows; ++r) store32(out + 4 * r, load32(rows[r] + 4 * i));
+  }
+}
+
+void pack_f16(const Rows& rows, int64_t k, uint8_t* out) {
+  for (int64_t i = 0; i < k; ++i, out += 2 * kRows) {
+    for (size_t r = 0; r < kRows; ++r) store16(out + 2 * r, load16(rows[r] + 2 * i));
+  }
+}
+
+void pack_bf16(const Rows& rows, int64_t k, uint8_t* out) {
+  for (int64_t i = 0; i + 1 < k; i += 2, out += 4 * kRows) {
+    for (size_t r = 0; r < kRows; ++r) store32(out + 4 * r, load32(rows[r] + 2 * i));
+  }
+  if (k % 2 != 0) {
+    for (size_t r = 0; r < kRows; ++r) store32(out + 4 * r, load16(rows[r] + 2 * (k - 1)));
+  }
+}
+
+// ---- blocks of 32 -------------------------------------------------------------------------------
+
+/// GGUF's nibble order is that of the packed unit, so a row's 16 bytes are 4 dwords to scatter.
+template <typename Block>
+uint8_t* put_block_nibbles(const Rows& rows, int64_t b, uint8_t* out) {
+  for (int r = 0; r < kRows; ++r) {
+    const uint8_t* qs = block_of<Block>(rows, r, b).qs;
+    for (int j = 0; j < 4; ++j) store32(out + 64 * j + 4 * r, load32(qs + 4 * j));
+  }
+  return out + kNibbleBytes;
+}
+
+template <typename Block>
+uint8_t* put_block_high(const Rows& rows, int64_t b, uint8_t* out) {
+  uint64_t mask[kUnitDwords] = {};
+  for (int r = 0; r < kRows; ++r) {
+    const uint64_t qh = block_of<Block>(rows, r, b).qh;
+    for (int j = 0; j < kUnitDwords; ++j) mask[j] |= ((qh >> (4 * j)) & 15) << (4 * r);
+  }
+  std::memcpy(out, mask, sizeof mask);
+  return out + kHighBytes;
+}
+
+template <typename Block>
+uint8_t* put_d(const Rows& rows, int64_t b, uint8_t* out) {
+  for (int r = 0; r < kRows; ++r) store16(out + 2 * r, block_of<Block>(rows, r, b).d);
+  return out + 2 * kRows;
+}
+
+template <typename Block>
+uint8_t* put_m(const Rows& rows, int64_t b, uint8_t* out) {
+  for (int r = 0; r < kRows; ++r) store16(out + 2 * r, block_of<Block>(rows, r, b).m);
+  return out + 2 * kRows;
+}
+
+/// Q4_0, Q4_1, Q5_0, Q5_1.
+template <typename Block, bool kHigh, bool kMin>
+void pack_small(const Rows& rows, int64_t k, uint8_t* out) {
+  for (int64_t b = 0; b < k / kBlock; ++b) {
+    out = put_block_nibbles<Block>(rows, b, out);
+    if constexpr (kHigh) out = put_block_high<Block>(rows, b, out);
+    out = put_d<Block>(rows, b, out);
+    if constexpr (kMin) out = put_m<Block>(rows, b, out);
+  }
+}
+
+void pack_q8_0(const Rows& rows, int64_t k, uint8_t* out) {
+  for (int64_t b = 0; b < k / kBlock; ++b) {
+    for (int r = 0; r < kRows; ++r) {
+      const int8_t* qs = block_of<BlockQ8_0>(rows, r, b).qs;
+      for (int j = 0; j < kUnitDwords; ++j)
+        store32(out + 64 * j + 4 * r, load32(qs + 4 * j) ^ 0x80808080u);
+    }
+    out = put_d<BlockQ8_0>(rows, b, out + 64 * kUnitDwords);
+  }
+}
+
+void pack_iq4_nl(const Rows& rows, int64_t k, uint8_t* out) {
+  uint8_t codes[16];
+  for (int i = 0; i < 16; ++i) codes[i] = static_cast<uint8_t>(kIq4NlCodebook[i] + 128);
+  for (int64_t b = 0; b < k / kBlock; ++b) {
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* qs = block_of<BlockIQ4_NL>(rows, r, b).qs;
+      for (int i = 0; i < 16; ++i) {
+        uint8_t* to = out + i / 4 * 64 + 4 * r + i % 4;
+        to[0] = codes[qs[i] & 15];
+        to[256] = codes[qs[i] >> 4];
+      }
+    }
+    out = put_d<BlockIQ4_NL>(rows, b, out + 64 * kUnitDwords);
+  }
+}
+
+// ---- K-quants: a row's unit becomes 8 dwords of codes, one byte each, then bit planes -----------
+
+using Codes = std::array<uint32_t, kUnitDwords>;
+
+inline Codes unit_codes(const BlockQ4_K& b, int u) {
+  Codes q;
+  const uint8_t* qs = b.qs + u / 2 * 32;
+  for (size_t j = 0; j < kUnitDwords; ++j)
+    q[j] = (load32(qs + 4 * j) >> (4 * (u & 1))) & 0x0f0f0f0fu;
+  return q;
+}
+
+inline Codes unit_codes(const BlockQ5_K& b, int u) {
+  Codes q;
+  const uint8_t* qs = b.qs + u / 2 * 32;
+  for (size_t j = 0; j < kUnitDwords; ++j) {
+    q[j] = ((load32(qs + 4 * j) >> (4 * (u & 1))) & 0x0f0f0f0fu) |
+           (((load32(b.qh + 4 * j) >> u) & 0x01010101u) << 4);
+  }
+  return q;
+}
+
+inline Codes unit_codes(const BlockQ6_K& b, int u) {
+  Codes q;
+  const int s = u % 4;
+  const uint8_t* ql = b.ql + u / 4 * 64 + (s & 1) * 32;
+  const uint8_t* qh = b.qh + u / 4 * 32;
+  for (size_t j = 0; j < kUnitDwords; ++j) {
+    q[j] = ((load32(ql + 4 * j) >> (4 * (s >> 1))) & 0x0f0f0f0fu) |
+           (((load32(qh + 4 * j) >> (2 * s)) & 0x03030303u) << 4);
+  }
+  return q;
+}
+
+/// As Q6_K codes: q - 4 = (q + 28) - 32 with the high bit counting 4.
+inline Codes unit_codes(const BlockQ3_K& b, int u) {
+  Codes q;
+  const uint8_t* qs = b.qs + u / 4 * 32;
+  for (size_t j = 0; j < kUnitDwords; ++j) {
+    const uint32_t low = (load32(qs + 4 * j) >> (2 * (u % 4))) & 0x03030303u;
+    const uint32_t high = ((load32(b.hmask + 4 * j) >> u) & 0x01010101u) << 2;
+    q[j] = 0x1c1c1c1cu + low + high;  // at most 35 in a byte: no carries
+  }
+  return q;
+}
+
+inline void put_nibbles(const Codes& q, int r, uint8_t* out) {
+  for (size_t j = 0; j < 4; ++j) {
+    store32(out + 64 * j + 4 * static_cast<size_t>(r),
+            (q[j] & 0x0f0f0f0fu) | ((q[j + 4] & 0x0f0f0f0fu) << 4));
+  }
+}
+
+/// Q4_K and Q5_K.
+template <typename Block, bool kHigh>
+void pack_scaled_min(const Rows& rows, int64_t k, uint8_t* out) {
+  for (int64_t b = 0; b < k / kSuperblock; ++b) {
+    for (int u = 0; u < kUnits; ++u) {
+      uint64_t mask[kUnitDwords] = {};
+      for (int r = 0; r < kRows; ++r) {
+        const Codes q = unit_codes(block_of<Block>(rows, r, b), u);
+        put_nibbles(q, r, out);
+        if constexpr (kHigh) {
+          for (size_t j = 0; j < kUnitDwords; ++j)
+            mask[j] |= uint64_t{gather_bits(q[j] >> 4)} << (4 * r);
+        }
+      }
+      out += kNibbleBytes;
+      if constexpr (kHigh) {
+        std::memcpy(out, mask, sizeof mask);
+        out += kHighBytes;
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Block& block = block_of<Block>(rows, r, b);
+      uint8_t sc[kUnits];
+      uint8_t mn[kUnits];
+      unpack_scales_k4(block.scales, sc, mn);
+      for (int u = 0; u < kUnits; ++u) {
+        out[u * kRows + r] = sc[u];
+        out[(kUnits + u) * kRows + r] = mn[u];
+      }
+      store16(out + 2 * kUnits * kRows + 2 * r, block.d);
+      store16(out + 2 * kUnits * kRows + 2 * kRows + 2 * r, block.dmin);
+    }
+    out += 2 * kUnits * kRows + 4 * kRows;
+  }
+}
+
+inline void unit_scales(const BlockQ6_K& b, int8_t sc[16]) { std::memcpy(sc, b.scales, 16); }
+inline void unit_scales(const BlockQ3_K& b, int8_t sc[16]) { unpack_scales_q3(b.scales, sc); }
+
+/// Q6_K, and Q3_K into it.
+template <typename Block>
+void pack_six_bit(const Rows& rows, int64_t k, uint8_t* out) {
+  for (int64_t b = 0; b < k / kSuperblock; ++b) {
+    for (int u = 0; u < kUnits; ++u) {
+      for (int r = 0; r < kRows; ++r) {
+        const Codes q = unit_codes(block_of<Block>(rows, r, b), u);
+        put_nibbles(q, r, out);
+        for (size_t plane = 0; plane < 2; ++plane) {
+          uint32_t two = 0;
+          for (size_t t = 0; t < 4; ++t) two |= ((q[2 * t + plane] >> 4) & 0x03030303u) << (2 * t);
+          store32(out + kNibbleBytes + 64 * plane + 4 * static_cast<size_t>(r), two);
+        }
+      }
+      out += kNibbleBytes + kTwoBytes;
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Block& block = block_of<Block>(rows, r, b);
+      int8_t sc[16];
+      unit_scales(block, sc);
+      for (int i = 0; i < 16; ++i) out[i * kRows + r] = static_cast<uint8_t>(sc[i]);
+      store16(out + 16 * kRows + 2 * r, block.d);
+    }
+    out += 16 * kRows + 2 * kRows;
+  }
+}
+
+void pack_block(Format source, const Rows& rows, int64_t k, uint8_t* out) {
+  switch (source) {
+    case Format::kF32:
+      return pack_f32(rows, k, out);
+    case Format::kF16:
+      return pack_f16(rows, k, out);
+    case Format::kBF16:
+      return pack_bf16(rows, k, out);
+    case Format::kQ4_0:
+      return pack_small<BlockQ4_0, false, false>(rows, k, out);
+    case Format::kQ4_1:
+      return pack_small<BlockQ4_1, false, true>(rows, k, out);
+    case Format::kQ5_0:
+      return pack_small<BlockQ5_0, true, false>(rows, k, out);
+    case Format::kQ5_1:
+      return pack_small<BlockQ5_1, true, true>(rows, k, out);
+    case Format::kQ8_0:
+      return pack_q8_0(rows, k, out);
+    case Format::kIQ4_NL:
+      return pack_iq4_nl(rows, k, out);
+    case Format::kQ4_K:
+      return pack_scaled_min<BlockQ4_K, false>(rows, k, out);
+    case Format::kQ5_K:
+      return pack_scaled_min<BlockQ5_K, true>(rows, k, out);
+    case Format::kQ6_K:
+      return pack_six_bit<BlockQ6_K>(rows, k, out);
+    case Format::kQ3_K:
+      return pack_six_bit<BlockQ3_K>(rows, k, out);
+    case Format::kQ2_K:
+      break;  // packed_format_of refuses it
+  }
+}
+
+// ---- one row back -------------------------------------------------------------------------------
+
+inline float half_at(const uint8_t* p) { return f16_to_f32(load16(p)); }
+
+/// 32 four-bit codes of row `r` of a unit.
+void get_nibbles(const uint8_t* nib, int r, uint8_t q[kBlock]) {
+  for (int l = 0; l < 16; ++l) {
+    const uint8_t byte = nib[l / 4 * 64 + 4 * r + l % 4];
+    q[l] = byte & 15;
+    q[16 + l] = byte >> 4;
+  }
+}
+
+/// Adds bit 4 of each code.
+void get_high(const uint8_t* high, int r, uint8_t q[kBlock]) {
+  uint64_t mask[kUnitDwords];
+  std::memcpy(mask, high, sizeof mask);
+  for (int l = 0; l < kBlock; ++l) {
+    q[l] = static_cast<uint8_t>(q[l] | (((mask[l / 4] >> (4 * r + l % 4)) & 1) << 4));
+  }
+}
+
+/// Adds bits 4..5 of each code.
+void get_two(const uint8_t* two, int r, uint8_t q[kBlock]) {
+  for (int l = 0; l < kBlock; ++l) {
+    const int j = l / 4;
+    const int bits = (two[(j & 1) * 64 + 4 * r + l % 4] >> (2 * (j >> 1))) & 3;
+    q[l] = static_cast<uint8_t>(q[l] | (bits << 4));
+  }
+}
+
+/// kQ4_0 .. kQ5_1: d * (q - kZero) or d * q + m.
+template <bool kHigh, bool kMin, int kZero>
+void unpack_small(const uint8_t* in, int64_t k, int r, float* out) {
+  for (int64_t b = 0; b < k / kBlock; ++b, out += kBlock) {
+    uint8_t q[kBlock];
+    get_nibbles(in, r, q);
+    in += kNibbleBytes;
+    if constexpr (kHigh) {
+      get_high(in, r, q);
+      in += kHighBytes;
+    }
+    const float d = half_at(in + 2 * r);
+    in += 2 * kRows;
+    if constexpr (kMin) {
+      const float m = half_at(in + 2 * r);
+      in += 2 * kRows;
+      for (int l = 0; l < kBlock; ++l) out[l] = d * static_cast<float>(q[l]) + m;
+    } else {
+      for (int l = 0; l < kBlock; ++l) out[l] = d * static_cast<float>(q[l] - kZero);
+    }
+  }
+}
+
+void unpack_q8_0(const uint8_t* in, int64_t k, int r, float* out) {
+  for (int64_t b = 0; b < k / kBlock; ++b, out += kBlock) {
+    const float d = half_at(in + 64 * kUnitDwords + 2 * r);
+    for (int l = 0; l < kBlock; ++l)
+      out[l] = d * static_cast<float>(in[l / 4 * 64 + 4 * r + l % 4] - 128);
+    in += 64 * kUnitDwords + 2 * kRows;
+  }
+}
+
+template <bool kHigh>
+void unpack_scaled_min(const uint8_t* in, int64_t k, int r, float* out) {
+  constexpr int kUnitBytes = kNibbleBytes + (kHigh ? kHighBytes : 0);
+  for (int64_t b = 0; b < k / kSuperblock; ++b) {
+    const uint8_t* scales = in + kUnits * kUnitBytes;
+    const uint8_t* halves = scales + 2 * kUnits * kRows;
+    const float d = half_at(halves + 2 * r);
+    const float dmin = half_at(halves + 2 * kRows + 2 * r);
+    for (int u = 0; u < kUnits; ++u, in += kUnitBytes, out += kBlock) {
+      uint8_t q[kBlock];
+      get_nibbles(in, r, q);
+      if constexpr (kHigh) get_high(in + kNibbleBytes, r, q);
+      const float dl = d * static_cast<float>(scales[u * kRows + r]);
+      const float ml = dmin * static_cast<float>(scales[(kUnits + u) * kRows + r]);
+      for (int l = 0; l < kBlock; ++l) out[l] = dl * static_cast<float>(q[l]) - ml;
+    }
+    in = halves + 4 * kRows;
+  }
+}
+
+void unpack_q6_k(const uint8_t* in, int64_t k, int r, float* out) {
+  constexpr int kUnitBytes = kNibbleBytes + kTwoBytes;
+  for (int64_t b = 0; b < k / kSuperblock; ++b) {
+    const uint8_t* scales = in + kUnits * kUnitBytes;
+    const uint8_t* halves = scales + 16 * kRows;
+    const float d = half_at(halves + 2 * r);
+    for (int u = 0; u < kUnits; ++u, in += kUnitBytes, out += kBlock) {
+      uint8_t q[kBlock];
+      get_nibbles(in, r, q);
+      get_two(in + kNibbleBytes, r, q);
+      for (int l = 0; l < kBlock; ++l) {
+        const float dl =
+            d * static_cast<float>(static_cast<int8_t>(scales[(2 * u + l / 16) * kRows + r]));
+        out[l] = dl * static_cast<float>(q[l] - 32);
+      }
+    }
+    in = halves + 2 * kRows;
+  }
+}
+
+}  // namespace
+
+std::string_view packed_format_name(PackedFormat format) {
+  switch (format) {
+    case PackedFormat::kF32:
+      return "F32";
+    case PackedFormat::kF16:
+      return "F16";
+    case PackedFormat::kBF16:
+      return "BF16";
+    case PackedFormat::kQ4_0:
+      return "Q4_0";
+    case PackedFormat::kQ4_1:
+      return "Q4_1";
+    case PackedFormat::kQ5_0:
+      return "Q5_0";
+    case PackedFormat::kQ5_1:
+      return "Q5_1";
+    case PackedFormat::kQ8_0:
+      return "Q8_0";
+    case PackedFormat::kQ4_K:
+      return "Q4_K";
+    case PackedFormat::kQ5_K:
+      return "Q5_K";
+    case PackedFormat::kQ6_K:
+      return "Q6_K";
+  }
+  return "?";
+}
+
+PackedFormat packed_format_of(Format source) {
+  switch (source) {
+    case Format::kF32:
+      return PackedFormat::kF32;
+    case Format::kF16:
+      return PackedFormat::kF16;
+    case Format::kBF16:
+      return PackedFormat::kBF16;
+    case Format::kQ4_0:
+      return PackedFormat::kQ4_0;
+    case Format::kQ4_1:
+      return PackedFormat::kQ4_1;
+    case Format::kQ5_0:
+      return PackedFormat::kQ5_0;
+    case Format::kQ5_1:
+      return PackedFormat::kQ5_1;
+    case Format::kQ8_0:
+      return PackedFormat::kQ8_0;
+    case Format::kIQ4_NL:
+      return PackedFormat::kQ8_0;
+    case Format::kQ4_K:
+      return PackedFormat::kQ4_K;
+    case Format::kQ5_K:
+      return PackedFormat::kQ5_K;
+    case Format::kQ6_K:
+      return PackedFormat::kQ6_K;
+    case Format::kQ3_K:
+      return PackedFormat::kQ6_K;
+    case Format::kQ2_K:
+      break;
+  }
+  fail<Unsupported>("the native kernels do not run ", format_info(source).name,
+                    " weights; use the reference backend, or a file quantized to Q3_K or more");
+}
+
+PackedMatrix make_packed(Format source, int64_t n, int64_t k) {
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
+  require<InvalidArgument>(n > 0 && n <= kLargest && k > 0 && k <= kLargest, "a weight matrix of ",
+                           n, " x ", k, "; both extents must be positive 32-bit integers");
+  (void)row_bytes(source, k);  // throws unless k is whole blocks
+  PackedMatrix out;
+  out.format = packed_format_of(source);
+  out.n = n;
+  out.k = k;
+  out.row_block_stride = kernels::packed_row_block_bytes(out.format, k);
+  out.storage =
+      Buffer(checked_mul(static_cast<uint64_t>(out.num_row_blocks()), out.row_block_stride));
+  return out;
+}
+
+void pack_row_blocks(Format source, const uint8_t* src, size_t src_row_bytes,
+                     std::span<const int64_t> row_map, PackedMatrix& out, int64_t block_begin,
+                     int64_t block_end) {
+  require<InvalidArgument>(packed_format_of(source) == out.format, "the matrix was not made for ",
+                           format_info(source).name, " rows");
+  require<InvalidArgument>(
+      0 <= block_begin && block_begin <= block_end && block_end <= out.num_row_blocks(),
+      "row blocks ", block_begin, " to ", block_end, " of ", out.num_row_blocks());
+  require<InvalidArgument>(row_map.empty() || row_map.size() == static_cast<size_t>(out.n),
+                           "a row map of ", row_map.size(), " rows for a matrix of ", out.n);
+  const auto least = static_cast<size_t>(row_bytes(source, out.k));
+  require<InvalidArgument>(src_row_bytes >= least, "source rows of ", src_row_bytes,
+                           " bytes, expected ", least);
+  std::vector<uint8_t>
+      zeros;  // stands in for the rows from n up; zero bytes mean scale 0 in every format
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    Rows rows;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = block * kRows + r;
+      const uint8_t*& at = rows[static_cast<size_t>(r)];
+      if (row < out.n) {
+        const int64_t from = row_map.empty() ? row : row_map[static_cast<size_t>(row)];
+        at = src + static_cast<size_t>(from) * src_row_bytes;
+      } else {
+        if (zeros.empty()) zeros.resize(least);
+        at = zeros.data();
+      }
+    }
+    pack_block(source, rows, out.k, out.row_block(block));
+  }
+}
+
+void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
+  require<InvalidArgument>(row >= 0 && row < matrix.n, "row ", row, " of a matrix of ", matrix.n,
+                           " rows");
+  const uint8_t* in = matrix.row_block(row / kRows);
+  const int r = static_cast<int>(row % kRows);
+  const int64_t k = matrix.k;
+  switch (matrix.format) {
+    case PackedFormat::kF32:
+      for (int64_t i = 0; i < k; ++i) std::memcpy(out + i, in + (i * kRows + r) * 4, 4);
+      return;
+    case PackedFormat::kF16:
+      for (int64_t i = 0; i < k; ++i) out[i] = half_at(in + (i * kRows + r) * 2);
+      return;
+    case PackedFormat::kBF16:
+      for (int64_t i = 0; i < k; ++i)
+        out[i] = bf16_to_f32(load16(in + ((i / 2 * kRows + r) * 2 + i % 2) * 2));
+      return;
+    case PackedFormat::kQ4_0:
+      return unpack_small<false, false, 8>(in, k, r, out);
+    case PackedFormat::kQ4_1:
+      return unpack_small<false, true, 0>(in, k, r, out);
+    case PackedFormat::kQ5_0:
+      return unpack_small<true, false, 16>(in, k, r, out);
+    case PackedFormat::kQ5_1:
+      return unpack_small<true, true, 0>(in, k, r, out);
+    case PackedFormat::kQ8_0:
+      return unpack_q8_0(in, k, r, out);
+    case PackedFormat::kQ4_K:
+      return unpack_scaled_min<false>(in, k, r, out);
+    case PackedFormat::kQ5_K:
+      return unpack_scaled_min<true>(in, k, r, out);
+    case PackedFormat::kQ6_K:
+      return unpack_q6_k(in, k, r, out);
+  }
+}
+
+}  // namespace sagellm::quant

@@ -1,0 +1,93 @@
+// A persistent team of threads for one model: fork-join runs, a fast barrier, self-scheduled ranges.
+//
+// Waiting spins for a few microseconds (phases of a decode step are that short), then sleeps on a futex, so that a
+// busy host costs a wake-up and not a time slice. Threads are not pinned.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace sagellm::runtime {
+
+/// A generation-counting barrier for a fixed number of threads.
+class Barrier {
+ public:
+  explicit Barrier(int num_threads) : num_threads_(num_threads) {}
+
+  /// Returns when all threads have arrived; what they wrote before is visible after.
+  void arrive_and_wait();
+
+ private:
+  const int num_threads_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+};
+
+/// Fixed threads that run one task at a time together with the caller (thread 0).
+class ThreadPool {
+ public:
+  /// Starts `num_threads - 1` threads; throws InvalidArgument below 1 or above 1024, DeviceError when the
+  /// system refuses a thread.
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return num_threads_; }
+
+  /// Calls task(thread_index) on every thread and waits for all. The task must not throw. One run at a time.
+  template <typename Task>
+  void run(Task&& task) {
+    run_erased([](void* context, int thread) { (*static_cast<std::remove_reference_t<Task>*>(context))(thread); },
+               const_cast<void*>(static_cast<const void*>(&task)));
+  }
+
+  /// Meets all threads of the running task.
+  void barrier() { barrier_.arrive_and_wait(); }
+
+ private:
+  using Erased = void (*)(void*, int);
+  void run_erased(Erased task, void* context);
+  void worker(int thread);
+
+  const int num_threads_;
+  Barrier barrier_;
+  Erased task_ = nullptr;
+  void* context_ = nullptr;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> threads_;
+};
+
+/// Counters for self-scheduled ranges: one per phase of a step, so that none is reset while threads use it.
+class WorkQueue {
+ public:
+  explicit WorkQueue(int num_phases) : next_(static_cast<size_t>(num_phases)) {}
+
+  /// Makes every phase start at 0 again; no thread may be inside `for_each`.
+  void reset() {
+    for (Counter& counter : next_) counter.value.store(0, std::memory_order_relaxed);
+  }
+
+  /// Claims chunks of `grain` items of [0, total) in phase `phase` until none is left, calling body(begin, end).
+  template <typename Body>
+  void for_each(int phase, int64_t total, int64_t grain, Body&& body) {
+    std::atomic<int64_t>& next = next_[static_cast<size_t>(phase)].value;
+    for (;;) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= total) return;
+      body(begin, begin + grain < total ? begin + grain : total);
+    }
+  }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+  };
+  std::vector<Counter> next_;
+};
+
+}  // namespace sagellm::runtime

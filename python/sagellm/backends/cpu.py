@@ -1,0 +1,225 @@
+"""The native CPU backend: a thin face of ``_core.model.Decoder``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sagellm.backends.interface import ForwardBatch, SampledRow, SamplingRow, StepOutput
+from sagellm.checkpoint.rope import inverse_frequencies
+from sagellm.errors import DeviceUnavailableError, InvalidArgumentError
+from sagellm.kv import create_kv_cache, plan_kv_groups
+
+if TYPE_CHECKING:
+    from sagellm import _core
+    from sagellm.checkpoint import Checkpoint
+    from sagellm.checkpoint.config import ModelConfig, RopeConfig
+    from sagellm.kv.interface import KvCache, KvGroup
+
+Precision = Literal["a8", "a15"]
+
+
+def available_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class CpuRunner:
+    """Runs a checkpoint on the CPU kernels of ``_core``.
+
+    Args:
+        checkpoint: An opened model; its files stay mapped while the runner lives.
+        threads: Worker threads; None takes every CPU of the process.
+        max_batch_tokens: Largest number of tokens in one step.
+        precision: ``a8`` multiplies quantized weights with int8 activations (one scale per 32 values); ``a15`` with
+            15-bit ones, closer to float32 at about half the prefill speed.
+        isa: Forces an instruction-set path; None takes the best (or ``SAGELLM_CPU_ISA``).
+
+    Raises:
+        DeviceUnavailableError: This install has no native core.
+        UnsupportedError: The model or the path cannot run here.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int | None = None,
+        max_batch_tokens: int = 512,
+        precision: Precision = "a8",
+        isa: str | None = None,
+    ) -> None:
+        try:
+            from sagellm import _core
+        except ImportError as error:
+            raise DeviceUnavailableError(
+                f"the native core is not installed ({error}); reinstall without SAGE_SKIP_C_EXTENSIONS, or choose "
+                "device 'reference'"
+            ) from None
+        if precision not in ("a8", "a15"):
+            raise InvalidArgumentError(f"precision is {precision!r}; choose 'a8' or 'a15'")
+        self._core = _core
+        self._config = checkpoint.config
+        self._groups = plan_kv_groups(checkpoint.config.layer_windows)
+        self._decoder = _core.model.Decoder(
+            _native_config(checkpoint.config, self._groups),
+            [
+                (name, checkpoint.files[s.file], s.tensor, s.unpermute_heads, s.add_one)
+                for name, s in checkpoint.sources.items()
+            ],
+            num_threads=available_threads() if threads is None else threads,
+            max_batch_tokens=max_batch_tokens,
+            accurate=precision == "a15",
+            isa=isa or "",
+        )
+        self._precision = precision
+        self._kv_bytes = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def kv_groups(self) -> tuple[KvGroup, ...]:
+        return self._groups
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def isa(self) -> str:
+        """Instruction-set path in use."""
+        return str(self._decoder.isa)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the pool."""
+        return int(self._decoder.num_threads)
+
+    @property
+    def precision(self) -> str:
+        """``a8`` or ``a15``."""
+        return self._precision
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Weight bytes read to decode one token at batch 1."""
+        return int(self._decoder.weight_bytes_per_token)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        return {
+            "weights": int(self._decoder.weight_bytes),
+            "kv": self._kv_bytes,
+            "workspace": int(self._decoder.workspace_bytes),
+        }
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        """Bytes of one KV block of ``block_size`` tokens (bf16)."""
+        slots = max(len(group.layers) for group in self._groups)
+        return 4 * block_size * slots * self._config.num_kv_heads * self._config.head_dim
+
+    def allocate_kv(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+    ) -> KvCache:
+        """Creates the KV pages and the cache that manages them. Called once."""
+        storage = self._core.kv.KvStorage(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_slots=max(len(group.layers) for group in self._groups),
+            num_kv_heads=self._config.num_kv_heads,
+            head_dim=self._config.head_dim,
+        )
+        self._decoder.attach_kv(storage)
+        self._kv_bytes = int(storage.bytes)
+        return create_kv_cache(
+            num_blocks,
+            block_size,
+            tuple(group.window for group in self._groups),
+            native=True,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+
+    def step(
+        self,
+        batch: ForwardBatch,
+        sampling: tuple[SamplingRow, ...] = (),
+        *,
+        return_logits: bool = False,
+    ) -> StepOutput:
+        rows, logits = self._decoder.step(
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.block_tables,
+            batch.block_copies,
+            batch.logit_rows,
+            sampling,
+            return_logits,
+        )
+        return StepOutput(rows=tuple(_sampled(rows)), logits=logits)
+
+    def close(self) -> None:
+        del self._decoder
+
+
+_NativeRow = tuple[int, "float | None", tuple[int, ...], tuple[float, ...], "str | None"]
+
+
+def _sampled(rows: Iterable[_NativeRow]) -> Iterable[SampledRow]:
+    for token_id, logprob, top_ids, top_logprobs, error in rows:
+        yield SampledRow(
+            token_id=token_id,
+            logprob=logprob,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            error=error,
+        )
+
+
+def _native_config(config: ModelConfig, groups: tuple[KvGroup, ...]) -> _core.model.ModelConfig:
+    from sagellm import _core
+
+    native = _core.model.ModelConfig()
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "max_position",
+        "norm_eps",
+        "attention_scale",
+        "attention_softcap",
+        "final_softcap",
+        "embedding_scale",
+        "qkv_bias",
+        "qk_norm",
+        "post_norms",
+        "tie_embeddings",
+    ):
+        setattr(native, name, getattr(config, name))
+    native.gelu_tanh = config.activation == "gelu_tanh"
+
+    ropes: list[RopeConfig] = [config.rope]
+    if config.rope_local is not None:
+        ropes.append(config.rope_local)
+    for rope in ropes:
+        frequencies, factor = inverse_frequencies(rope)
+        native.add_rope(np.asarray(frequencies, dtype=np.float64).tolist(), float(factor))
+
+    place = {
+        layer: (group_index, slot)
+        for group_index, group in enumerate(groups)
+        for slot, layer in enumerate(group.layers)
+    }
+    for layer, window in enumerate(config.layer_windows):
+        group_index, slot = place[layer]
+        local = window > 0 and config.rope_local is not None
+        native.add_layer(window=window, group=group_index, slot=slot, rope=int(local))
+    return native

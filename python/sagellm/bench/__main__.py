@@ -1,0 +1,11 @@
+"""``python -m sagellm.bench``: measures this machine with real models and kernels."""
+
+from __future__ import annotations
+
+import sys
+
+from sagellm.bench.app import app
+from sagellm.terminal import run_app
+
+if __name__ == "__main__":
+    sys.exit(run_app(app, prog_name="python -m sagellm.bench"))

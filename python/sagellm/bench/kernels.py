@@ -1,0 +1,81 @@
+"""Matmul kernels in isolation: time, bandwidth and arithmetic per format and batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from sagellm import _core
+from sagellm.bench import report
+
+FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelResult:
+    """One measured case; one thread.
+
+    Attributes:
+        gbps: Packed weight bytes per second, in 10^9.
+        gflops: Multiplications and additions per second, in 10^9.
+        probe_percent: ``gbps`` as a share of the read bandwidth of one thread in the same run.
+    """
+
+    format: str
+    isa: str
+    precision: str
+    tokens: int
+    microseconds: float
+    gbps: float
+    gflops: float
+    probe_percent: float
+
+
+def run(
+    *,
+    rows: int,
+    columns: int,
+    tokens: tuple[int, ...],
+    formats: tuple[str, ...],
+    precision: str,
+    repeat: int,
+) -> list[KernelResult]:
+    """Times ``W[rows, columns] @ x`` on one thread for every format and number of tokens."""
+    isa = _core.kernels.selected_isa()
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((rows, columns), dtype=np.float32)
+    results: list[KernelResult] = []
+    with report.progress() as bar:
+        task = bar.add_task("kernels", total=len(formats) * len(tokens))
+        for name in formats:
+            packed = _core.quant.pack(name, _core.quant.quantize(name, weights), rows, columns)
+            for count in tokens:
+                probe = _core.runtime.read_bandwidth(1, max(packed.nbytes, 1 << 20), 3)
+                seconds = _core.kernels.benchmark_matmul(isa, packed, count, repeat, precision)
+                results.append(
+                    KernelResult(
+                        format=name,
+                        isa=isa,
+                        precision=precision,
+                        tokens=count,
+                        microseconds=seconds * 1e6,
+                        gbps=packed.nbytes / seconds / 1e9,
+                        gflops=2.0 * rows * columns * count / seconds / 1e9,
+                        probe_percent=100 * packed.nbytes / seconds / probe,
+                    )
+                )
+                bar.advance(task)
+    return results
+
+
+def show(results: list[KernelResult], *, as_json: bool) -> None:
+    """Prints the results."""
+    if as_json:
+        report.print_json([asdict(r) for r in results])
+        return
+    report.print_table(
+        f"matmul, one thread, {results[0].isa}, {results[0].precision}",
+        ("format", "tokens", "us", "GB/s", "% of probe", "GFLOP/s"),
+        [(r.format, r.tokens, r.microseconds, r.gbps, r.probe_percent, r.gflops) for r in results],
+    )

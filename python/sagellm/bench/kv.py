@@ -1,0 +1,21 @@
+"""The KV allocator and prefix index, timed inside the native core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sagellm import _core
+from sagellm.bench import report
+
+
+def run(*, num_blocks: int) -> dict[str, Any]:
+    """Nanoseconds per block of allocate + free, and of the prefix path (hash, match, publish, free)."""
+    return dict(_core.kv.benchmark(num_blocks))
+
+
+def show(result: dict[str, Any], *, as_json: bool) -> None:
+    """Prints the result."""
+    if as_json:
+        report.print_json(result)
+    else:
+        report.print_table("KV cache", ("figure", "value"), list(result.items()))

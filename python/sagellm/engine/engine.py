@@ -1,0 +1,505 @@
+"""The synchronous engine: requests in, one ``step`` at a time, outputs out.
+
+Not thread-safe but for ``prepare``; ``engine.thread`` drives it from one thread for everybody else.
+
+Failures. A step that raises is tried again one sequence at a time, so that only the sequences which
+raise on their own fail; a step may be repeated because it writes the same values to the same places.
+A row whose logits are not finite fails its own request. Whatever else goes wrong inside the step loop
+fails the requests that were running, and the engine goes on: every request is answered once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sagellm.backends.interface import ForwardBatch
+from sagellm.engine.config import EngineConfig
+from sagellm.engine.memory import peak_memory_mb, resolve_kv_plan
+from sagellm.engine.output import Finished, OutputText, SequenceOutput, measure
+from sagellm.engine.request import Failure, RequestState, Sequence, Status, salt_of
+from sagellm.engine.sampling import Sampling, derive_seed, mix
+from sagellm.engine.scheduler import Scheduler
+from sagellm.engine.step import StepPlan, build_batch
+from sagellm.engine.validation import Capacity, check_token_ids, validate_request
+from sagellm.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
+from sagellm.protocol import ErrorCode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from sagellm.backends.interface import ModelRunner, SampledRow, StepOutput
+    from sagellm.kv.interface import KvStats
+    from sagellm.protocol import FinishReason, Request
+    from sagellm.text import ChatTemplate, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOGIT_ROWS = 128  # of one step when every row's logits are wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A glance at the engine: gauges now, counters since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_preemptions: int
+    num_failed_steps: int
+    kv: KvStats
+
+
+def monotonic_unix_clock() -> Callable[[], float]:
+    """A clock in Unix seconds that never goes back."""
+    offset = time.time() - time.perf_counter()
+    return lambda: offset + time.perf_counter()
+
+
+class Engine:
+    """Serves many requests on one model.
+
+    Attributes:
+        config: As given.
+        capacity: What fits, resolved at start.
+        num_steps: Grows with every step; a health check watches it while there is work.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        chat_template: ChatTemplate | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """Allocates the KV pool.
+
+        Args:
+            runner: A loaded model; the engine closes it.
+            tokenizer: Of that model.
+            config: Knobs; None takes the defaults.
+            chat_template: For requests with ``messages``.
+            clock: Unix seconds, never going back.
+
+        Raises:
+            ResourceExhaustedError: The KV pool does not fit in memory.
+        """
+        self.config = config or EngineConfig()
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        plan = resolve_kv_plan(runner, self.config)
+        self.kv = runner.allocate_kv(
+            plan.num_blocks,
+            self.config.block_size,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+        )
+        self.capacity = Capacity(
+            vocab_size=runner.config.vocab_size,
+            max_model_len=plan.max_model_len,
+            groups=runner.kv_groups,
+            block_size=self.config.block_size,
+            num_blocks=plan.num_blocks,
+            chunk_tokens=self.config.chunk_tokens,
+        )
+        self.num_steps = 0
+        self._num_failed_steps = 0
+        self._is_closed = False
+        self._bytes_per_block = plan.bytes_per_block
+        self._clock = clock or monotonic_unix_clock()
+        self._scheduler = Scheduler(self.kv, runner.kv_groups, plan.num_blocks, self.config)
+        self._states: dict[int, RequestState] = {}
+        self._keys = itertools.count()
+        self._sequence_ids = itertools.count()
+
+    # ---------------------------------------------------------------------- coming and going
+
+    def encode_prompt(self, request: Request) -> list[int]:
+        """Token ids of a request's prompt, or of its messages through the chat template.
+
+        Raises:
+            UnsupportedError: Messages for a model without a chat template.
+        """
+        if request.messages is None:
+            return self.tokenizer.encode(request.prompt) if request.prompt else []
+        if self.chat_template is None:
+            raise UnsupportedError(
+                f"{self.runner.config.name or 'this model'} has no chat template; send a plain prompt"
+            )
+        messages = [message.model_dump(exclude_none=True) for message in request.messages]
+        text = self.chat_template.render(messages, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special=False, parse_special=True)
+
+    def prepare(
+        self, request: Request, prompt_token_ids: Iterable[int] | None = None
+    ) -> RequestState:
+        """Validates and encodes a request. Safe on any thread; the engine does not know it yet.
+
+        Args:
+            request: From any front door.
+            prompt_token_ids: Taken instead of ``request.prompt``.
+
+        Raises:
+            SagellmError: The request is invalid, not supported, or could never fit.
+        """
+        queued_at = self._clock()
+        if prompt_token_ids is None:
+            prompt_token_ids = self.encode_prompt(request)
+        prompt = check_token_ids(prompt_token_ids, self.capacity.vocab_size)
+        length = validate_request(request, len(prompt), self.capacity)
+        key = next(self._keys)
+        state = RequestState(
+            key=key,
+            request=request,
+            salt=salt_of(request.cache_salt),
+            queued_at=queued_at,
+        )
+        if request.deadline_ms is not None:
+            state.deadline = queued_at + request.deadline_ms / 1000.0
+        seed = request.sampling.seed
+        if seed is None:
+            seed = mix(mix(self.config.seed) + key)
+        state.sequences = tuple(
+            Sequence(
+                sequence_id=next(self._sequence_ids),
+                state=state,
+                index=index,
+                order=(request.priority, key, index),
+                prompt=prompt,
+                max_length=length,
+                sampling=Sampling(request, derive_seed(seed, index), len(prompt)),
+                text=OutputText(request, self.tokenizer),
+            )
+            for index in range(request.sampling.n)
+        )
+        state.sequences[0].children = state.sequences[1:]
+        state.num_unfinished = len(state.sequences)
+        return state
+
+    def add(self, state: RequestState) -> int:
+        """Queues a prepared request and returns its key.
+
+        Raises:
+            ResourceExhaustedError: The queue is full.
+        """
+        if self._scheduler.num_waiting >= self.config.max_queue:
+            raise queue_full(self.config.max_queue)
+        self._states[state.key] = state
+        self._scheduler.add(state)
+        return state.key
+
+    def add_request(
+        self, request: Request, prompt_token_ids: Iterable[int] | None = None
+    ) -> int:
+        """``prepare`` and ``add`` in one."""
+        return self.add(self.prepare(request, prompt_token_ids))
+
+    def cancel(self, key: int) -> bool:
+        """Drops a request; its blocks are back at once and no output follows.
+
+        Returns:
+            Whether the request was still unanswered.
+        """
+        state = self._states.pop(key, None)
+        if state is None:
+            return False
+        self._scheduler.abort(state)
+        return True
+
+    def answer(self, state: RequestState, failure: Failure) -> list[SequenceOutput]:
+        """Makes the error answers of a request that the engine does not hold (any more)."""
+        outputs: list[SequenceOutput] = []
+        for sequence in state.sequences:
+            if sequence.finish_reason is None:
+                self._conclude(sequence, "error", failure, outputs)
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` would do anything."""
+        return self._scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return self._scheduler.num_waiting
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Keys of requests without a complete answer."""
+        return list(self._states)
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters."""
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_steps=self.num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_failed_steps=self._num_failed_steps,
+            kv=self.kv.stats(),
+        )
+
+    def close(self) -> None:
+        """Drops every request and frees the model."""
+        if not self._is_closed:
+            self._is_closed = True
+            for key in self.unfinished:
+                self.cancel(key)
+            self.runner.close()
+
+    # -------------------------------------------------------------------------------- a step
+
+    def step(self) -> list[SequenceOutput]:
+        """Advances every running sequence; returns what is new. Never raises an ``Exception``."""
+        outputs: list[SequenceOutput] = []
+        try:
+            plan = self._scheduler.schedule(self._clock())
+            for state, failure in plan.failures:
+                self._fail(state, failure, outputs)
+            if plan.sequences:
+                self._accept_all(self._execute(plan, outputs), outputs)
+        except Exception as error:
+            logger.exception("step %d failed outside of any one request", self.num_steps)
+            self._num_failed_steps += 1
+            self._fail_involved(Failure.from_exception(error), outputs)
+        self.num_steps += 1
+        return outputs
+
+    def _execute(
+        self, plan: StepPlan, outputs: list[SequenceOutput]
+    ) -> list[tuple[Sequence, SampledRow]]:
+        """Runs a plan; after an exception, each of its sequences alone."""
+        copies = self.kv.take_copies()
+        try:
+            output = self._run(plan, copies)
+        except Exception:
+            self._num_failed_steps += 1
+            logger.exception("step %d failed with %d sequences", self.num_steps, len(plan.sequences))
+        else:
+            return self._scheduler.commit(plan, output)
+        sampled: list[tuple[Sequence, SampledRow]] = []
+        for index, sequence in enumerate(plan.sequences):
+            if sequence.status is not Status.RUNNING:
+                continue  # another completion of its request failed
+            alone = plan.alone(index)
+            try:
+                output = self._run(alone, copies)
+            except Exception as error:
+                logger.error("sequence %d fails on its own: %s", sequence.sequence_id, error)
+                self._fail(sequence.state, Failure.from_exception(error), outputs)
+                continue
+            copies = copies[:0]  # done; once more they would undo what was written since
+            sampled += self._scheduler.commit(alone, output)
+        return sampled
+
+    def _run(self, plan: StepPlan, copies: NDArray[np.int32]) -> StepOutput:
+        batch, rows = build_batch(plan, self.kv, copies)
+        output = self.runner.step(batch, rows)
+        if len(output.rows) != len(rows):
+            raise RuntimeError(f"the backend returned {len(output.rows)} of {len(rows)} rows")
+        return output
+
+    def _accept_all(
+        self, sampled: list[tuple[Sequence, SampledRow]], outputs: list[SequenceOutput]
+    ) -> None:
+        now = self._clock()
+        for sequence, row in sampled:
+            if sequence.status is not Status.RUNNING:
+                continue  # another completion of its request failed
+            if row.error is not None:
+                self._fail(sequence.state, _bad_row(row.error), outputs)
+                continue
+            try:
+                reason = _accept(sequence, row, now)
+                if reason is not None:
+                    self._finish(sequence, reason, None, outputs)
+                elif sequence.state.request.stream:
+                    text = sequence.text.take()
+                    if text:
+                        outputs.append(_output(sequence, text))
+            except Exception as error:
+                logger.exception("the output of request %d failed", sequence.state.key)
+                self._fail(sequence.state, Failure.from_exception(error), outputs)
+
+    # ------------------------------------------------------------------------------- endings
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        failure: Failure | None,
+        outputs: list[SequenceOutput],
+    ) -> None:
+        self._scheduler.finish(sequence)
+        self._conclude(sequence, reason, failure, outputs)
+        if sequence.state.num_unfinished == 0:
+            self._states.pop(sequence.state.key, None)
+
+    def _conclude(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        failure: Failure | None,
+        outputs: list[SequenceOutput],
+    ) -> None:
+        """Makes the last output of a sequence that is out of the scheduler."""
+        sequence.finish_reason, sequence.failure = reason, failure
+        sequence.state.num_unfinished -= 1
+        finished = Finished(
+            reason=reason,
+            text=sequence.text.whole(),
+            token_ids=sequence.output_tokens,
+            logprobs=sequence.logprobs,
+            failure=failure,
+            metrics=measure(
+                sequence,
+                now=self._clock(),
+                bytes_per_block=self._bytes_per_block,
+                peak_mem_mb=peak_memory_mb(),
+                caching=self.config.enable_prefix_caching,
+            ),
+        )
+        outputs.append(_output(sequence, sequence.text.take(), finished))
+
+    def _fail(
+        self, state: RequestState, failure: Failure, outputs: list[SequenceOutput]
+    ) -> None:
+        """Answers every unfinished sequence of a request with an error."""
+        self._scheduler.abort(state)
+        for sequence in state.sequences:
+            if sequence.finish_reason is None:
+                self._finish(sequence, "error", failure, outputs)
+
+    def _fail_involved(self, failure: Failure, outputs: list[SequenceOutput]) -> None:
+        """Fails the requests that a broken step had touched; all of them if none can be told."""
+        states = list(self._states.values())
+        involved = [
+            state
+            for state in states
+            if any(s.status is Status.RUNNING for s in state.sequences)
+            or all(s.status is Status.FINISHED for s in state.sequences)
+        ]
+        for state in involved or states:
+            self._fail(state, failure, outputs)
+
+    # -------------------------------------------------------------------------------- logits
+
+    def logits(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
+        """Logits of every position, computed through ordinary paged steps.
+
+        Args:
+            token_ids: One sequence, at most ``max_model_len`` tokens.
+
+        Returns:
+            ``[tokens, vocab]`` float32.
+
+        Raises:
+            InvalidArgumentError: Empty, outside the vocabulary, or too long.
+            ResourceExhaustedError: The KV pool has no room for them now.
+        """
+        tokens = check_token_ids(token_ids, self.capacity.vocab_size)
+        if len(tokens) > self.capacity.max_model_len:
+            raise InvalidArgumentError(
+                f"{len(tokens)} tokens are more than max_model_len ({self.capacity.max_model_len})"
+            )
+        parts: list[NDArray[np.float32]] = []
+        sequence_id = next(self._sequence_ids)
+        self.kv.add(sequence_id)
+        try:
+            chunk = min(self.config.chunk_tokens, _MAX_LOGIT_ROWS)
+            for start in range(0, len(tokens), chunk):
+                stop = min(start + chunk, len(tokens))
+                parts.append(self._logits_of_chunk(sequence_id, tokens, start, stop))
+        finally:
+            self.kv.release(sequence_id)
+        return np.concatenate(parts)
+
+    def _logits_of_chunk(
+        self, sequence_id: int, tokens: NDArray[np.int32], start: int, stop: int
+    ) -> NDArray[np.float32]:
+        if not self.kv.reserve(sequence_id, stop):
+            raise ResourceExhaustedError(
+                f"the KV pool has no room for {stop} tokens now; wait for other requests, or raise "
+                "kv_cache_gb"
+            )
+        count = stop - start
+        batch = ForwardBatch(
+            token_ids=tokens[start:stop],
+            positions=np.arange(start, stop, dtype=np.int32),
+            query_starts=np.array([0, count], dtype=np.int32),
+            block_tables=self.kv.block_tables([sequence_id]),
+            block_copies=self.kv.take_copies(),
+            logit_rows=np.arange(count, dtype=np.int32),
+        )
+        logits = self.runner.step(batch, return_logits=True).logits
+        if logits is None:
+            raise UnsupportedError(f"device {self.runner.device} does not return logits")
+        self.kv.commit(sequence_id, tokens, stop)
+        return logits
+
+
+def queue_full(max_queue: int) -> ResourceExhaustedError:
+    """The error of a queue that takes no more."""
+    return ResourceExhaustedError(
+        f"{max_queue} requests are waiting already; try again later, or raise max_queue"
+    )
+
+
+def _accept(sequence: Sequence, row: SampledRow, now: float) -> FinishReason | None:
+    """Adds a sampled token to its sequence; returns why the sequence ends, if it does."""
+    token_id = row.token_id
+    sequence.append(token_id)
+    sequence.last_token_at = now
+    if sequence.first_token_at is None:
+        sequence.first_token_at = now
+    if row.logprob is not None:
+        sequence.logprobs.append(row)
+    text = sequence.text
+    if token_id in text.stop_ids:
+        text.finish()
+        return "stop"
+    if text.push(token_id):
+        return "stop"
+    if sequence.num_tokens >= sequence.max_length:
+        return "stop" if text.finish() else "length"
+    return None
+
+
+def _output(
+    sequence: Sequence, text: str, finished: Finished | None = None
+) -> SequenceOutput:
+    sent = sequence.num_sent_tokens
+    sequence.num_sent_tokens = len(sequence.output_tokens)
+    return SequenceOutput(
+        key=sequence.state.key,
+        request=sequence.state.request,
+        index=sequence.index,
+        text=text,
+        token_ids=sequence.output_tokens[sent:],
+        logprobs=sequence.logprobs[sent:],
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_cached_tokens=sequence.num_cached,
+        finished=finished,
+        request_finished=finished is not None and sequence.state.num_unfinished == 0,
+    )
+
+
+def _bad_row(error: str) -> Failure:
+    return Failure(
+        code=ErrorCode.UNAVAILABLE,
+        message=(
+            f"no token could be chosen: {error}; check the model file, or try another precision or "
+            "other sampling parameters"
+        ),
+        retryable=False,
+    )

@@ -1,0 +1,64 @@
+"""From a model's name to an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sagellm.backends import create_runner
+from sagellm.backends.mock import BOS_ID, EOS_ID, MockRunner, MockTokenModel
+from sagellm.checkpoint import open_checkpoint
+from sagellm.checkpoint.store import resolve_model
+from sagellm.engine.config import EngineConfig
+from sagellm.engine.engine import Engine
+from sagellm.text import ChatTemplate, Tokenizer, load_tokenizer
+
+
+def mock_tokenizer() -> Tokenizer:
+    """Bytes as tokens, for ``MockRunner``."""
+    return Tokenizer(MockTokenModel(), bos_id=BOS_ID, eos_id=EOS_ID, prefix_ids=(BOS_ID,))
+
+
+def load_engine(
+    model: str | Path,
+    config: EngineConfig | None = None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str | None = None,
+    isa: str | None = None,
+) -> Engine:
+    """Opens a model and builds an engine on it.
+
+    Args:
+        model: A catalogue name, a Hugging Face repository, a .gguf file or a folder. Not looked at with
+            device ``mock``.
+        config: The engine's knobs.
+        device: See ``sagellm.backends.create_runner``; ``mock`` needs no files.
+        threads: CPU threads; None takes all of this process.
+        precision: Of activations, for devices that have a choice.
+        isa: Forces an instruction-set path.
+
+    Raises:
+        SagellmError: The model is not found, corrupt or unsupported, or memory does not suffice.
+    """
+    config = config or EngineConfig()
+    if device == "mock":
+        return Engine(MockRunner(), mock_tokenizer(), config)
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    template = None
+    if tokenizer.chat_template:
+        template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    runner = create_runner(
+        checkpoint,
+        device,
+        threads=threads,
+        max_batch_tokens=config.max_batch_tokens,
+        precision=precision,
+        isa=isa,
+    )
+    try:
+        return Engine(runner, tokenizer, config, chat_template=template)
+    except BaseException:
+        runner.close()
+        raise

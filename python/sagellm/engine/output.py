@@ -1,0 +1,211 @@
+"""What comes out of a sequence: text, the end of it, figures, and the protocol's events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sagellm.protocol import (
+    Error,
+    Metrics,
+    Response,
+    StreamEventDelta,
+    StreamEventEnd,
+    TokenLogprobs,
+)
+from sagellm.text import IncrementalDetokenizer, StopStrings
+
+if TYPE_CHECKING:
+    from sagellm.backends.interface import SampledRow
+    from sagellm.engine.request import Failure, Sequence
+    from sagellm.protocol import FinishReason, Request
+    from sagellm.text import Tokenizer
+
+
+class OutputText:
+    """The text of one sequence as its tokens arrive."""
+
+    __slots__ = ("_detokenizer", "_parts", "_sent_parts", "_stops", "stop_ids")
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        """Prepares for a request's stop rules.
+
+        Args:
+            request: Its ``sampling`` gives stop strings and ids and ``ignore_eos``.
+            tokenizer: Gives text and end-of-generation ids.
+        """
+        params = request.sampling
+        ends = frozenset() if params.ignore_eos else tokenizer.eos_ids
+        self.stop_ids = ends | frozenset(params.stop_token_ids)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, continuation=request.messages is None
+        )
+        self._stops = StopStrings(params.stop) if params.stop else None
+        self._parts: list[str] = []
+        self._sent_parts = 0
+
+    def push(self, token_id: int) -> bool:
+        """Takes one token that is not a stop token; returns whether a stop string is complete."""
+        piece = self._detokenizer.push(token_id)
+        if not piece:
+            return False
+        if self._stops is None:
+            self._parts.append(piece)
+            return False
+        return self._pass(self._stops, piece)
+
+    def finish(self) -> bool:
+        """Ends the text, giving out what was held back; returns whether a stop string is complete."""
+        rest = self._detokenizer.finish()
+        if self._stops is None:
+            if rest:
+                self._parts.append(rest)
+            return False
+        stopped = self._stops.stopped or self._pass(self._stops, rest)
+        held = self._stops.finish()
+        if held:
+            self._parts.append(held)
+        return stopped
+
+    def _pass(self, stops: StopStrings, piece: str) -> bool:
+        safe = stops.push(piece)
+        if safe:
+            self._parts.append(safe)
+        return stops.stopped
+
+    def take(self) -> str:
+        """Text since the last call."""
+        if self._sent_parts == len(self._parts):
+            return ""
+        new = "".join(self._parts[self._sent_parts :])
+        self._sent_parts = len(self._parts)
+        return new
+
+    def whole(self) -> str:
+        """All text so far."""
+        return "".join(self._parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """How a sequence ended; ``metrics`` holds the fields of ``Metrics``."""
+
+    reason: FinishReason
+    text: str
+    token_ids: list[int]
+    logprobs: list[SampledRow]
+    failure: Failure | None
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutput:
+    """New output of one sequence after a step.
+
+    Attributes:
+        key: The request's id in the engine.
+        index: Which completion.
+        text, token_ids, logprobs: What is new, for streaming requests and at the end.
+        num_prompt_tokens, num_cached_tokens: Length of the prompt, and its share found in the cache.
+        finished: Set on the last output of the sequence.
+        request_finished: This was the last output of the whole request.
+    """
+
+    key: int
+    request: Request
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[SampledRow] = field(default_factory=list)
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    finished: Finished | None = None
+    request_finished: bool = False
+
+
+def delta_of(output: SequenceOutput) -> StreamEventDelta | None:
+    """The delta event of an output, None when it brings nothing new."""
+    if not output.text and not output.token_ids:
+        return None
+    request = output.request
+    return StreamEventDelta(
+        request_id=request.request_id,
+        trace_id=request.trace_id,
+        chunk=output.text,
+        chunk_tokens=output.token_ids,
+        index=output.index,
+        chunk_logprobs=_logprobs(request, output.logprobs),
+    )
+
+
+def end_of(output: SequenceOutput) -> StreamEventEnd:
+    """The end event of a finished output."""
+    response = response_of(output)
+    return StreamEventEnd(**dict(response))
+
+
+def response_of(output: SequenceOutput) -> Response:
+    """The whole answer of a finished output."""
+    finished, request = output.finished, output.request
+    assert finished is not None
+    return Response(
+        request_id=request.request_id,
+        trace_id=request.trace_id,
+        output_text=finished.text,
+        output_tokens=finished.token_ids,
+        finish_reason=finished.reason,
+        metrics=finished.metrics,
+        error=None if finished.failure is None else error_of(finished.failure),
+        index=output.index,
+        logprobs=_logprobs(request, finished.logprobs),
+    )
+
+
+def error_of(failure: Failure) -> Error:
+    """The protocol's form of a failure."""
+    return Error(code=failure.code, message=failure.message, retryable=failure.retryable)
+
+
+def _logprobs(request: Request, rows: list[SampledRow]) -> list[TokenLogprobs] | None:
+    if request.sampling.logprobs is None:
+        return None
+    return [
+        TokenLogprobs(
+            token_id=row.token_id,
+            logprob=0.0 if row.logprob is None else row.logprob,
+            top_ids=list(row.top_ids),
+            top_logprobs=list(row.top_logprobs),
+        )
+        for row in rows
+    ]
+
+
+def measure(
+    sequence: Sequence, *, now: float, bytes_per_block: int, peak_mem_mb: int, caching: bool
+) -> Metrics:
+    """The figures of a sequence that ends now.
+
+    With one output token there is no pace after the first: ``tpot_ms`` is then the time from admission to
+    that token. Without any token, ``ttft_ms`` and ``tpot_ms`` are the time until the answer.
+    """
+    state, count = sequence.state, len(sequence.output_tokens)
+    first = now if sequence.first_token_at is None else sequence.first_token_at
+    last = now if sequence.last_token_at is None else sequence.last_token_at
+    began = state.queued_at if state.scheduled_at is None or count == 0 else state.scheduled_at
+    pace = (last - first) / (count - 1) if count > 1 else last - began
+    elapsed = now - state.queued_at
+    ran = state.scheduled_at is not None
+    return Metrics(
+        ttft_ms=max(0.0, (first - state.queued_at) * 1000.0),
+        tbt_ms=max(0.0, pace * 1000.0) if count > 1 else None,
+        tpot_ms=max(0.0, pace * 1000.0),
+        throughput_tps=count / elapsed if elapsed > 0 else 0.0,
+        peak_mem_mb=peak_mem_mb,
+        error_rate=0.0 if sequence.failure is None else 1.0,
+        kv_used_tokens=sequence.peak_tokens if ran else None,
+        kv_used_bytes=sequence.peak_blocks * bytes_per_block if ran else None,
+        prefix_hit_rate=(
+            sequence.num_cached / sequence.num_prompt_tokens if ran and caching else None
+        ),
+        evict_count=sequence.num_preemptions if ran else None,
+    )

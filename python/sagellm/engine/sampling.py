@@ -1,0 +1,112 @@
+"""From a request's sampling parameters to the ``SamplingRow`` of each step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sagellm.backends.interface import SamplingRow
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sagellm.engine.request import Sequence
+    from sagellm.protocol import Request
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix(value: int) -> int:
+    """The splitmix64 finalizer: 64 bits in, 64 well-mixed bits out."""
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of completion ``index``. Completion 0 has the request's own seed.
+
+    The sampler draws from ``seed + k * golden``, so seeds that differ by a multiple of ``golden`` would
+    give shifted copies of one stream; mixing keeps the streams apart.
+    """
+    return seed & _MASK if index == 0 else mix(mix(seed) + index * _GOLDEN)
+
+
+class Sampling:
+    """The sampling rule of one sequence; ``row`` is what the next step needs of it."""
+
+    __slots__ = (
+        "_bias_ids",
+        "_bias_values",
+        "_constant",
+        "_frequency",
+        "_min_p",
+        "_needs_history",
+        "_num_logprobs",
+        "_presence",
+        "_prompt_length",
+        "_repetition",
+        "_temperature",
+        "_top_k",
+        "_top_p",
+        "seed",
+    )
+
+    def __init__(self, request: Request, seed: int, prompt_length: int) -> None:
+        """Reads a validated request.
+
+        Args:
+            request: Temperature None is greedy.
+            seed: Of this sequence, 64 bits.
+            prompt_length: Tokens before the first output.
+        """
+        params = request.sampling
+        self.seed = seed
+        self._temperature = request.temperature or 0.0
+        self._top_k = params.top_k
+        self._top_p = 1.0 if request.top_p is None else request.top_p
+        self._min_p = params.min_p
+        self._repetition = params.repetition_penalty
+        self._presence = params.presence_penalty
+        self._frequency = params.frequency_penalty
+        self._prompt_length = prompt_length
+        self._num_logprobs = -1 if params.logprobs is None else params.logprobs
+        self._needs_history = (self._repetition, self._presence, self._frequency) != (1.0, 0.0, 0.0)
+        self._bias_ids: NDArray[np.int32] | None = None
+        self._bias_values: NDArray[np.float32] | None = None
+        if params.logit_bias:
+            ids = sorted(params.logit_bias)
+            self._bias_ids = np.array(ids, dtype=np.int32)
+            self._bias_values = np.array([params.logit_bias[i] for i in ids], dtype=np.float32)
+        # A greedy row without penalties is the same in every step.
+        self._constant: SamplingRow | None = None
+        if self._temperature == 0.0 and not self._needs_history:
+            self._constant = self._build(None, 0)
+
+    def row(self, sequence: Sequence) -> SamplingRow:
+        """How to draw the token at position ``sequence.num_tokens``."""
+        if self._constant is not None:
+            return self._constant
+        history = sequence.tokens if self._needs_history else None
+        return self._build(history, sequence.num_tokens)
+
+    def _build(self, history: NDArray[np.int32] | None, position: int) -> SamplingRow:
+        return SamplingRow(
+            temperature=self._temperature,
+            top_k=self._top_k,
+            top_p=self._top_p,
+            min_p=self._min_p,
+            repetition_penalty=self._repetition,
+            presence_penalty=self._presence,
+            frequency_penalty=self._frequency,
+            bias_ids=self._bias_ids,
+            bias_values=self._bias_values,
+            history=history,
+            prompt_length=self._prompt_length,
+            seed=self.seed,
+            position=position,
+            num_logprobs=self._num_logprobs,
+        )

@@ -1,0 +1,374 @@
+"""Which sequences advance in a step, by how many tokens, and who gives way when memory runs out.
+
+There is one rule: a sequence's computed tokens catch up with its tokens. A prompt, the rest of a
+chunked prompt, a decode step and the recomputation after a preemption are all the same thing.
+
+Policy, in the order of ``schedule``:
+
+1. Requests past their deadline fail, waiting ones included.
+2. Running sequences in order (priority, then arrival). Every one that lacks a single token (decode)
+   has its place in the token budget before prompts take the rest in chunks.
+3. When a running sequence finds no block, the last one in order is preempted: it gives its blocks
+   back and waits at its old place in the queue. A sequence that is alone and finds no block fails.
+4. If nobody was preempted, waiting sequences are admitted strictly in order, each with the longest
+   cached prefix, as soon as the pool has room for all the tokens that it has so far.
+
+No sequence starves: the first in order is never preempted while another runs, and admission never
+overtakes. Running and waiting sequences are kept in two sorted lists. Nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from sagellm.engine.memory import blocks_needed
+from sagellm.engine.request import Failure, RequestState, Sequence, Status
+from sagellm.engine.step import StepPlan
+from sagellm.protocol import ErrorCode
+
+if TYPE_CHECKING:
+    from sagellm.backends.interface import SampledRow, StepOutput
+    from sagellm.engine.config import EngineConfig
+    from sagellm.kv.interface import KvCache, KvGroup
+
+_ORDER = attrgetter("order")
+
+
+class _Draft:
+    """A StepPlan in the making."""
+
+    __slots__ = ("budget", "counts", "failures", "sequences")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.sequences: list[Sequence] = []
+        self.counts: list[int] = []
+        self.failures: list[tuple[RequestState, Failure]] = []
+
+    def take(self, sequence: Sequence, count: int) -> None:
+        self.sequences.append(sequence)
+        self.counts.append(count)
+        self.budget -= count
+
+
+class Scheduler:
+    """Continuous batching over one KV cache."""
+
+    def __init__(
+        self, kv: KvCache, groups: tuple[KvGroup, ...], num_blocks: int, config: EngineConfig
+    ) -> None:
+        """Creates an idle scheduler.
+
+        Args:
+            kv: Empty; the scheduler is its only user.
+            groups: Of the model.
+            num_blocks: Usable blocks of ``kv``.
+            config: Budgets.
+        """
+        self._kv = kv
+        self._groups = groups
+        self._num_blocks = num_blocks
+        self._block_size = kv.block_size
+        self._max_num_seqs = config.max_num_seqs
+        self._max_batch_tokens = config.max_batch_tokens
+        self._chunk_tokens = config.chunk_tokens
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._deadlines: list[tuple[float, int, RequestState]] = []
+        self._num_releases = 0
+        self._stalled: tuple[int, int] | None = None  # (sequence id, releases when it found no room)
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def running_requests(self) -> list[RequestState]:
+        """Requests with at least one running sequence, in order."""
+        return list(dict.fromkeys(sequence.state for sequence in self._running))
+
+    # ---------------------------------------------------------------------- coming and going
+
+    def add(self, state: RequestState) -> None:
+        """Queues a new request."""
+        insort(self._waiting, state.sequences[0], key=_ORDER)
+        if state.deadline is not None:
+            heapq.heappush(self._deadlines, (state.deadline, state.key, state))
+            if len(self._deadlines) > 64 + 2 * (self.num_waiting + self.num_running):
+                self._deadlines = [entry for entry in self._deadlines if _is_live(entry[2])]
+                heapq.heapify(self._deadlines)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends one sequence, wherever it stands; its blocks are back at once."""
+        if sequence.status is Status.RUNNING:
+            self._running.pop(self._index(self._running, sequence))
+            self._release(sequence)
+        elif sequence.status is Status.WAITING:
+            index = bisect_left(self._waiting, sequence.order, key=_ORDER)
+            if index < len(self._waiting) and self._waiting[index] is sequence:
+                self._waiting.pop(index)
+        sequence.status = Status.FINISHED
+        sequence.children = ()
+
+    def abort(self, state: RequestState) -> None:
+        """Ends every sequence of a request."""
+        for sequence in state.sequences:
+            if sequence.status is not Status.FINISHED:
+                self.finish(sequence)
+
+    # -------------------------------------------------------------------------------- a step
+
+    def schedule(self, now: float) -> StepPlan:
+        """Plans the next step.
+
+        Args:
+            now: Unix seconds.
+
+        Returns:
+            A plan, possibly without sequences; its failures have left the scheduler.
+        """
+        draft = _Draft(self._max_batch_tokens)
+        self._expire(now, draft)
+        if not self._schedule_running(draft):
+            self._admit_waiting(now, draft)
+        return StepPlan(
+            sequences=tuple(draft.sequences),
+            counts=tuple(draft.counts),
+            failures=tuple(draft.failures),
+        )
+
+    def commit(self, plan: StepPlan, output: StepOutput) -> list[tuple[Sequence, SampledRow]]:
+        """Takes the result of a step: tokens become computed, full blocks are published.
+
+        Nothing is published of a sequence whose row carries an error.
+
+        Returns:
+            The sequences that sampled, each with its row; appending the token is the caller's.
+        """
+        sampled: list[tuple[Sequence, SampledRow]] = []
+        rows = iter(output.rows)
+        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
+            computed = sequence.num_computed + count
+            sequence.num_computed = computed
+            if computed == sequence.num_tokens:
+                row = next(rows)
+                sampled.append((sequence, row))
+                if row.error is not None:
+                    continue
+            # The cache acts on whole blocks only, so it need not hear of every token.
+            if computed // self._block_size > sequence.num_committed // self._block_size:
+                self._commit(sequence)
+        return sampled
+
+    def _commit(self, sequence: Sequence) -> None:
+        self._kv.commit(sequence.sequence_id, sequence.tokens, sequence.num_computed)
+        sequence.num_committed = sequence.num_computed
+
+    # ------------------------------------------------------------------------------- running
+
+    def _schedule_running(self, draft: _Draft) -> bool:
+        """Plans the running sequences; returns whether one was preempted."""
+        running = self._running
+        before = self.num_preemptions
+        decodes = 0  # single tokens still to be planned, whose places prompts must leave free
+        for sequence in running:
+            if sequence.num_tokens - sequence.num_computed == 1:
+                decodes += 1
+        index = 0
+        while index < len(running) and draft.budget > 0:
+            sequence = running[index]
+            index += 1
+            pending = sequence.num_tokens - sequence.num_computed
+            if sequence.children:
+                if pending == 1:
+                    decodes += self._fork(sequence)
+                else:
+                    pending -= 1  # the last prompt token comes after the fork
+            if sequence.num_tokens - sequence.num_computed == 1:
+                decodes -= 1
+                count = 1
+            else:
+                count = min(pending, self._chunk_tokens, draft.budget - decodes)
+                if count <= 0:
+                    continue
+            end = sequence.num_computed + count
+            while end > sequence.num_reserved and not self._reserve(sequence, end):
+                victim = running[-1]
+                if victim is sequence and index == 1:
+                    self._fail_alone(sequence, draft)
+                    break
+                if victim is not sequence and victim.num_tokens - victim.num_computed == 1:
+                    decodes -= 1
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            if sequence.status is Status.RUNNING:
+                draft.take(sequence, count)
+        return self.num_preemptions > before
+
+    def _reserve(self, sequence: Sequence, end: int) -> bool:
+        """Makes positions ``< end`` writable, to the end of their block: that costs no more blocks."""
+        end = -(-end // self._block_size) * self._block_size
+        if not self._kv.reserve(sequence.sequence_id, end):
+            return False
+        sequence.num_reserved = end
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._running.pop(self._index(self._running, victim))
+        self._release(victim)
+        victim.status = Status.WAITING
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self._waiting, victim, key=_ORDER)
+
+    def _fork(self, parent: Sequence) -> int:
+        """Lets the other completions share the computed prompt; returns how many now run.
+
+        Those beyond ``max_num_seqs`` wait and find the prompt in the prefix cache later.
+        """
+        self._commit(parent)
+        forked = 0
+        for child in parent.children:
+            child.num_cached = parent.num_cached
+            if len(self._running) >= self._max_num_seqs:
+                insort(self._waiting, child, key=_ORDER)
+                continue
+            self._kv.fork(parent.sequence_id, child.sequence_id)
+            child.num_computed = child.num_committed = parent.num_computed
+            child.num_reserved = parent.num_computed
+            child.status = Status.RUNNING
+            insort(self._running, child, key=_ORDER)
+            forked += 1
+        parent.num_reserved = parent.num_computed  # its last block is shared now: reserve copies it
+        parent.children = ()
+        return forked
+
+    # ----------------------------------------------------------------------------- admission
+
+    def _admit_waiting(self, now: float, draft: _Draft) -> None:
+        while self._waiting and draft.budget > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            mark = (sequence.sequence_id, self._num_releases)
+            if self._running and self._stalled == mark:
+                return  # nothing was given back since it found no room
+            count = self._admit(sequence, draft.budget)
+            if count is None:
+                if self._running:
+                    self._stalled = (sequence.sequence_id, self._num_releases)
+                    return
+                self._fail_alone(sequence, draft)
+                continue
+            self._waiting.pop(0)
+            insort(self._running, sequence, key=_ORDER)
+            sequence.status = Status.RUNNING
+            if sequence.state.scheduled_at is None:
+                sequence.state.scheduled_at = now
+            if count > 0:
+                draft.take(sequence, count)
+
+    def _admit(self, sequence: Sequence, budget: int) -> int | None:
+        """Gives a sequence its cached prefix and its first blocks.
+
+        Returns:
+            Tokens to compute now (0 when a fork comes first), or None without any change when the
+            pool has no room.
+        """
+        kv = self._kv
+        kv.add(sequence.sequence_id, sequence.state.salt)
+        cached = kv.match_prefix(sequence.sequence_id, sequence.tokens)
+        pending = sequence.num_tokens - cached - (1 if sequence.children else 0)
+        count = min(pending, self._chunk_tokens, budget)
+        end = -(-(cached + count) // self._block_size) * self._block_size
+        room = not self._running or self._has_room(sequence)
+        if not room or (count > 0 and not kv.reserve(sequence.sequence_id, end)):
+            kv.release(sequence.sequence_id)
+            return None
+        sequence.num_computed = sequence.num_committed = cached
+        sequence.num_reserved = max(cached, end)
+        if sequence.num_preemptions == 0 and sequence.index == 0:
+            sequence.num_cached = cached
+        return count
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether the free blocks hold the whole sequence and leave the running ones some slack."""
+        needed = blocks_needed(
+            self._groups, self._block_size, sequence.num_tokens, self._chunk_tokens
+        )
+        held = self._kv.num_blocks_of(sequence.sequence_id)
+        slack = max(1, self._num_blocks // 100)
+        return needed - held + slack <= self._kv.stats().free_blocks
+
+    # ------------------------------------------------------------------------------- endings
+
+    def _expire(self, now: float, draft: _Draft) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, state = heapq.heappop(self._deadlines)
+            if not _is_live(state):
+                continue
+            waited = "while waiting" if state.scheduled_at is None else "while running"
+            self._fail(
+                state,
+                Failure(
+                    code=ErrorCode.DEADLINE_EXCEEDED,
+                    message=(
+                        f"the deadline of {state.request.deadline_ms:g} ms passed {waited}; allow more time or "
+                        "ask for fewer tokens"
+                    ),
+                    retryable=True,
+                ),
+                draft,
+            )
+
+    def _fail_alone(self, sequence: Sequence, draft: _Draft) -> None:
+        needed = blocks_needed(
+            self._groups, self._block_size, sequence.num_tokens, self._chunk_tokens
+        )
+        self._fail(
+            sequence.state,
+            Failure(
+                code=ErrorCode.RESOURCE_EXHAUSTED,
+                message=(
+                    f"{sequence.num_tokens} tokens need {needed} KV blocks of {self._block_size} tokens, "
+                    f"and the pool of {self._num_blocks} has not that many free even with no other "
+                    "request running; shorten the request or raise kv_cache_gb"
+                ),
+                retryable=False,
+            ),
+            draft,
+        )
+
+    def _fail(self, state: RequestState, failure: Failure, draft: _Draft) -> None:
+        self.abort(state)
+        draft.failures.append((state, failure))
+
+    def _release(self, sequence: Sequence) -> None:
+        blocks = self._kv.num_blocks_of(sequence.sequence_id)
+        sequence.peak_blocks = max(sequence.peak_blocks, blocks)
+        sequence.peak_tokens = max(sequence.peak_tokens, sequence.num_computed)
+        self._kv.release(sequence.sequence_id)
+        sequence.num_computed = sequence.num_reserved = sequence.num_committed = 0
+        self._num_releases += 1
+
+    @staticmethod
+    def _index(sequences: list[Sequence], sequence: Sequence) -> int:
+        return bisect_left(sequences, sequence.order, key=_ORDER)
+
+
+def _is_live(state: RequestState) -> bool:
+    return any(sequence.status is not Status.FINISHED for sequence in state.sequences)

@@ -1,0 +1,232 @@
+// The checks that test_attention.cc runs on real kernels and simd_emulation runs on emulated ones.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "sagellm/kernels/params.h"
+#include "sagellm/tensor/buffer.h"
+
+namespace sagellm::kernels {
+
+/// One sequence whose pool is allocated exactly, full of NaN where nothing was written.
+struct Sequence {
+  std::vector<float> k, v;
+  std::vector<uint16_t> pool;
+  std::vector<int32_t> table;
+  KvView view;
+
+  Sequence(int tokens, int head_dim, int block_size, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const auto blocks = static_cast<size_t>((tokens + block_size - 1) / block_size);
+    const size_t page = size_t{2} * static_cast<size_t>(block_size * head_dim);
+    k.resize(static_cast<size_t>(tokens * head_dim));
+    v.resize(k.size());
+    for (float& x : k) x = normal(random);
+    for (float& x : v) x = normal(random);
+    pool.assign(blocks * page, 0xffff);
+    for (size_t i = 0; i < blocks; ++i) table.push_back(static_cast<int32_t>(blocks - 1 - i));
+    view = {pool.data(), static_cast<int64_t>(page), 0, block_size, head_dim};
+  }
+
+  void write(const KernelTable& kernels, int begin, int end) {
+    KvWriteParams p;
+    p.kv = view;
+    p.block_table = table.data();
+    p.first_position = begin;
+    p.num_tokens = end - begin;
+    p.k = k.data() + begin * view.head_dim;
+    p.v = v.data() + begin * view.head_dim;
+    p.stride = view.head_dim;
+    kernels.kv_write(p);
+  }
+};
+
+struct States {
+  std::vector<float> m, l, acc;
+};
+
+struct Shape {
+  int head_dim = 64;
+  int group = 3;
+  int tokens = 10;
+  int first = 0;
+  int window = 0;
+  float softcap = 0.f;
+};
+
+inline std::vector<float> random_floats(size_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& value : x) value = normal(random);
+  return x;
+}
+
+inline void attend(const KernelTable& kernels, Sequence& sequence, const Shape& shape, const float* q, int token,
+                   int count, int split_begin, int split_end, States& out) {
+  const auto rows = static_cast<size_t>(count * shape.group);
+  const size_t at = out.m.size();
+  out.m.resize(at + rows);
+  out.l.resize(at + rows);
+  out.acc.resize((at + rows) * static_cast<size_t>(shape.head_dim));
+  Buffer scratch(kernels.attention_scratch_bytes);
+  AttentionParams p;
+  p.kv = sequence.view;
+  p.block_table = sequence.table.data();
+  p.q = q + token * shape.group * shape.head_dim;
+  p.q_stride = shape.group * shape.head_dim;
+  p.group = shape.group;
+  p.num_tokens = count;
+  p.first_position = shape.first + token;
+  p.split_begin = split_begin;
+  p.split_end = split_end;
+  p.window = shape.window;
+  p.scale = 0.2f;
+  p.softcap = shape.softcap;
+  p.m = out.m.data() + at;
+  p.l = out.l.data() + at;
+  p.acc = out.acc.data() + at * static_cast<size_t>(shape.head_dim);
+  p.scratch = scratch.data();
+  kernels.attention(p);
+}
+
+inline std::vector<float> finish(const KernelTable& kernels, const States& s, int count, int rows, int head_dim) {
+  std::vector<float> out(static_cast<size_t>(rows * head_dim));
+  AttentionFinishParams p;
+  p.m = s.m.data();
+  p.l = s.l.data();
+  p.acc = s.acc.data();
+  p.count = count;
+  p.rows = rows;
+  p.head_dim = head_dim;
+  p.out = out.data();
+  p.out_stride = head_dim;
+  kernels.attention_finish(p);
+  return out;
+}
+
+inline int splits(const Shape& s) { return (s.first + s.tokens - 1) / kAttentionSplit + 1; }
+
+inline const std::vector<Shape>& shapes() {
+  static const std::vector<Shape> all = {{64, 3, 10, 0, 0, 0.f},   {64, 7, 4, 60, 0, 0.f},     {80, 1, 32, 490, 0, 0.f},
+                                         {256, 4, 8, 13, 0, 0.f},  {64, 2, 16, 100, 37, 0.f},  {128, 5, 6, 1020, 0, 30.f},
+                                         {96, 8, 4, 77, 64, 5.f},  {16, 40, 1, 33, 0, 0.f},    {64, 1, 1, 0, 0, 0.f}};
+  return all;
+}
+
+inline std::string describe(const Shape& s) {
+  return "head_dim " + std::to_string(s.head_dim) + " group " + std::to_string(s.group) + " first " +
+         std::to_string(s.first) + " window " + std::to_string(s.window);
+}
+
+inline void expect_same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), 0);
+}
+
+/// Same K, V and q give the generic table's output, within the rounding of the path.
+inline void expect_agreement(const KernelTable& kernels, const KernelTable& generic) {
+  const float tolerance = std::string(kernels.name) == "avx512_bf16" ? 8e-3f : 2e-5f;
+  for (const Shape& s : shapes()) {
+    SCOPED_TRACE(describe(s));
+    Sequence sequence(s.first + s.tokens, s.head_dim, 32, 1);
+    sequence.write(kernels, 0, s.first + s.tokens);
+    const auto q = random_floats(static_cast<size_t>(s.tokens * s.group * s.head_dim), 2);
+    States mine, theirs;
+    attend(kernels, sequence, s, q.data(), 0, s.tokens, 0, splits(s), mine);
+    attend(generic, sequence, s, q.data(), 0, s.tokens, 0, splits(s), theirs);
+    const auto a = finish(kernels, mine, 1, s.tokens * s.group, s.head_dim);
+    const auto b = finish(generic, theirs, 1, s.tokens * s.group, s.head_dim);
+    for (size_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a[i], b[i], tolerance) << i;
+  }
+}
+
+/// Rows computed one token at a time, before later tokens exist, equal those of the whole tile.
+inline void expect_row_independence(const KernelTable& kernels) {
+  for (const Shape& s : shapes()) {
+    SCOPED_TRACE(describe(s));
+    Sequence sequence(s.first + s.tokens, s.head_dim, 16, 3);
+    sequence.write(kernels, 0, s.first);
+    const auto q = random_floats(static_cast<size_t>(s.tokens * s.group * s.head_dim), 4);
+    States alone, tile;
+    for (int t = 0; t < s.tokens; ++t) {
+      sequence.write(kernels, s.first + t, s.first + t + 1);
+      attend(kernels, sequence, s, q.data(), t, 1, 0, splits(s), alone);
+    }
+    attend(kernels, sequence, s, q.data(), 0, s.tokens, 0, splits(s), tile);
+    expect_same_bits(alone.m, tile.m);
+    expect_same_bits(alone.l, tile.l);
+    expect_same_bits(alone.acc, tile.acc);
+  }
+}
+
+/// One call per split, merged by attention_finish, equals one call over all splits.
+inline void expect_split_merge(const KernelTable& kernels) {
+  for (const int window : {0, 700}) {
+    const Shape s{64, 3, 1, 1290, window, 0.f};
+    Sequence sequence(s.first + 1, s.head_dim, 64, 5);
+    sequence.write(kernels, 0, s.first + 1);
+    const auto q = random_floats(static_cast<size_t>(s.group * s.head_dim), 6);
+    States whole, parts;
+    attend(kernels, sequence, s, q.data(), 0, 1, 0, 3, whole);
+    for (int split = 0; split < 3; ++split) attend(kernels, sequence, s, q.data(), 0, 1, split, split + 1, parts);
+    expect_same_bits(finish(kernels, whole, 1, 3, 64), finish(kernels, parts, 3, 3, 64));
+  }
+}
+
+/// Element-wise kernels against the generic ones, with tails of every length and on special values.
+inline void expect_elementwise_agreement(const KernelTable& kernels, const KernelTable& generic) {
+  const auto near = [](const std::vector<float>& a, const std::vector<float>& b) {
+    for (size_t i = 0; i < a.size(); ++i) {
+      if (std::isnan(b[i])) {
+        EXPECT_TRUE(std::isnan(a[i])) << i;
+      } else if (std::isinf(b[i])) {
+        EXPECT_EQ(a[i], b[i]) << i;
+      } else {
+        EXPECT_NEAR(a[i], b[i], 2e-6f * std::fabs(b[i]) + 1e-35f) << i;
+      }
+    }
+  };
+  for (size_t n = 1; n < 70; ++n) {
+    const auto size = static_cast<int64_t>(n);
+    std::vector<float> x = random_floats(n, 7), y = random_floats(n, 8), a(n), b(n);
+    x[0] = std::numeric_limits<float>::infinity();
+    if (n > 5) x[3] = -x[0], x[5] = std::nanf("");
+    for (float& value : x) value *= 3.f;
+    for (const auto entry : {&KernelTable::add, &KernelTable::silu_mul, &KernelTable::gelu_tanh_mul}) {
+      (kernels.*entry)(x.data(), y.data(), size, a.data());
+      (generic.*entry)(x.data(), y.data(), size, b.data());
+      near(a, b);
+    }
+    a = b = x;
+    kernels.softcap(a.data(), 2.5f, size);
+    generic.softcap(b.data(), 2.5f, size);
+    near(a, b);
+    kernels.rms_norm(y.data(), y.data(), 1e-6f, size, a.data());
+    generic.rms_norm(y.data(), y.data(), 1e-6f, size, b.data());
+    near(a, b);
+    float value_a = 0, value_b = 0;
+    int32_t index_a = -1, index_b = -1;
+    kernels.argmax(x.data(), size, &value_a, &index_a);
+    generic.argmax(x.data(), size, &value_b, &index_b);
+    EXPECT_EQ(index_a, index_b);
+    EXPECT_NEAR(kernels.sum_exp(y.data(), 3.f, size), generic.sum_exp(y.data(), 3.f, size), 1e-5);
+    a = b = y;
+    if (n % 2 == 0) {
+      kernels.rope(a.data(), x.data() + n / 2, y.data(), size);
+      generic.rope(b.data(), x.data() + n / 2, y.data(), size);
+      for (size_t i = 0; i < n; ++i) EXPECT_TRUE(std::isnan(b[i]) || std::fabs(a[i] - b[i]) < 1e-4f) << i;
+    }
+  }
+}
+
+}  // namespace sagellm::kernels

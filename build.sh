@@ -4,10 +4,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=${SAGELLM_VENV:-.venv}
+[[ $VENV == /* ]] || VENV=$PWD/$VENV
 PY=$VENV/bin/python
 BASE_PYTHON=${PYTHON:-python3}
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+export PATH=$VENV/bin:$PATH  # CMake and ninja live there where the system has none
 
 usage() {
   cat <<'TEXT'
@@ -44,7 +46,7 @@ Environment
 TEXT
 }
 
-die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
+die() { printf 'build.sh: %s\n' "$*" >&2; STAGE=; exit 1; }
 pure() { case "${SAGE_SKIP_C_EXTENSIONS:-}" in 1 | [Tt]rue | TRUE | [Oo]n | ON | [Yy]es) return 0 ;; esac; return 1; }
 
 # ------------------------------------------------------------------------------- system packages
@@ -56,8 +58,6 @@ missing_packages() {
   [[ -z $BASE_PYTHON || -x $PY ]] || "$BASE_PYTHON" -c 'import ensurepip' 2>/dev/null || echo python3-venv
   [[ $purpose == run ]] && pure && return 0
   command -v "${CXX:-g++}" >/dev/null || echo g++
-  command -v cmake >/dev/null || echo cmake
-  command -v ninja >/dev/null || echo ninja-build
   [[ -z $BASE_PYTHON ]] || "$BASE_PYTHON" -c \
     'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))' ||
     echo python3-dev
@@ -66,6 +66,7 @@ missing_packages() {
   esac
   [[ $purpose == test ]] || return 0
   [[ -f /usr/include/gtest/gtest.h ]] || echo libgtest-dev
+  [[ -f /usr/include/simde/x86/avx512.h ]] || echo libsimde-dev
 }
 
 apt_install() {
@@ -104,6 +105,12 @@ ensure_venv() {
   "$BASE_PYTHON" -m venv "$VENV"
 }
 
+new_cmake() {
+  local version
+  version=$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p')
+  [[ $(printf '3.24\n%s\n' "${version:-0}" | sort -V | head -n1) == 3.24 ]]
+}
+
 # Editable install with the extras given ("" or "dev"), unless the last one is still good.
 install() {
   local extras=$1 mode=native stamp=$VENV/.sagellm-install key
@@ -120,18 +127,18 @@ install() {
   # The build tools live in .venv, because an editable install calls them again after edits.
   local tools=("scikit-build-core>=0.10" "pybind11>=2.12")
   if [[ $mode == native ]]; then
-    command -v cmake >/dev/null || tools+=("cmake>=3.24")
+    new_cmake || tools+=("cmake>=3.24")
     command -v ninja >/dev/null || tools+=(ninja)
   fi
   "$PY" -m pip install -q "${tools[@]}"
-  PATH=$PWD/$VENV/bin:$PATH "$PY" -m pip install -q --no-build-isolation -e ".${extras:+[$extras]}"
+  "$PY" -m pip install -q --no-build-isolation -e ".${extras:+[$extras]}"
   printf '%s\n%s\n' "$key" "$extras" >"$stamp"
 }
 
 # ---------------------------------------------------------------------------------------- stages
 
 STAGE=setup
-trap '(( $? == 0 )) || printf "\nbuild.sh: FAILED in stage: %s\n" "$STAGE" >&2' EXIT
+trap '[[ $? == 0 || -z $STAGE ]] || printf "\nbuild.sh: FAILED in stage: %s\n" "$STAGE" >&2' EXIT
 
 stage() {
   STAGE=$1

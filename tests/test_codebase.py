@@ -163,6 +163,17 @@ def test_python_layers_hold() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_package_imports_only_the_native_core_and_the_version_from_its_root() -> None:
+    wrong = []
+    for path in (PYTHON / "sagellm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "sagellm":
+                for name in {alias.name for alias in node.names} - {"_core", "__version__"}:
+                    if not list((PYTHON / "sagellm").glob(f"{name}*")):
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def nested_imports(tree: ast.Module) -> list[tuple[int, str]]:
     found = []
     for function in ast.walk(tree):

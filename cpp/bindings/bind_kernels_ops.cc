@@ -1,4 +1,5 @@
-// _core.kernels: attention and element-wise kernels of any instruction set this machine runs, for tests and benchmarks.
+// _core.kernels: attention and element-wise kernels of any instruction set this machine runs, for
+// tests and benchmarks.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -23,7 +24,8 @@ using IntArray = py::array_t<int32_t, py::array::c_style>;
 using HalfArray = py::array_t<uint16_t, py::array::c_style>;
 
 void require_same_size(const FloatArray& a, const FloatArray& b, const char* what) {
-  require<InvalidArgument>(a.size() == b.size(), what, ": the arrays have ", a.size(), " and ", b.size(), " elements");
+  require<InvalidArgument>(a.size() == b.size(), what, ": the arrays have ", a.size(), " and ",
+                           b.size(), " elements");
 }
 
 FloatArray like(const FloatArray& x) {
@@ -31,39 +33,46 @@ FloatArray like(const FloatArray& x) {
 }
 
 /// The page geometry of a test pool, checked against the pool's size and a block table.
-kernels::KvView make_view(HalfArray& pool, const IntArray& block_table, int kv_head, int64_t block_stride,
-                          int64_t head_stride, int block_size, int head_dim, int64_t num_positions) {
+kernels::KvView make_view(HalfArray& pool, const IntArray& block_table, int kv_head,
+                          int64_t block_stride, int64_t head_stride, int block_size, int head_dim,
+                          int64_t num_positions) {
   require<InvalidArgument>(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kernels::kMaxHeadDim,
-                           "head_dim is ", head_dim, ", must be a multiple of 16 up to ", kernels::kMaxHeadDim);
-  require<InvalidArgument>(block_size > 0 && block_size % kernels::kSubPage == 0, "block_size is ", block_size,
-                           ", must be a positive multiple of ", kernels::kSubPage);
+                           "head_dim is ", head_dim, ", must be a multiple of 16 up to ",
+                           kernels::kMaxHeadDim);
+  require<InvalidArgument>(block_size > 0 && block_size % kernels::kSubPage == 0, "block_size is ",
+                           block_size, ", must be a positive multiple of ", kernels::kSubPage);
   require<InvalidArgument>(kv_head >= 0 && block_stride >= 0 && head_stride >= 0,
                            "kv_head and strides must not be negative");
-  require<InvalidArgument>(block_table.ndim() == 1 && block_table.size() * block_size >= num_positions,
-                           "the block table holds ", block_table.size() * block_size, " positions, ", num_positions,
-                           " are needed");
+  require<InvalidArgument>(
+      block_table.ndim() == 1 && block_table.size() * block_size >= num_positions,
+      "the block table holds ", block_table.size() * block_size, " positions, ", num_positions,
+      " are needed");
   const int64_t page = int64_t{2} * block_size * head_dim;
   for (py::ssize_t i = 0; i < block_table.size(); ++i) {
     const int64_t block = block_table.at(i);
     require<InvalidArgument>(
-        block >= 0 && block * block_stride + kv_head * head_stride + page <= pool.size(), "block ", block,
-        " of the block table is outside the pool of ", pool.size(), " elements");
+        block >= 0 && block * block_stride + kv_head * head_stride + page <= pool.size(), "block ",
+        block, " of the block table is outside the pool of ", pool.size(), " elements");
   }
   return {pool.mutable_data(), block_stride, head_stride, block_size, head_dim};
 }
 
-py::tuple run_attention(const std::string& isa, const FloatArray& q, HalfArray& pool, const IntArray& block_table,
-                        int kv_head, int64_t block_stride, int64_t head_stride, int block_size, int first_position,
+py::tuple run_attention(const std::string& isa, const FloatArray& q, HalfArray& pool,
+                        const IntArray& block_table, int kv_head, int64_t block_stride,
+                        int64_t head_stride, int block_size, int first_position,
                         std::pair<int, int> splits, int window, float scale, float softcap) {
-  require<InvalidArgument>(q.ndim() == 3 && q.shape(0) > 0 && q.shape(1) > 0, "q must have shape [tokens, group, head_dim]");
-  require<InvalidArgument>(first_position >= 0 && window >= 0, "first_position and window must not be negative");
-  require<InvalidArgument>(splits.first >= 0 && splits.first <= splits.second, "splits must be an ascending pair");
+  require<InvalidArgument>(q.ndim() == 3 && q.shape(0) > 0 && q.shape(1) > 0,
+                           "q must have shape [tokens, group, head_dim]");
+  require<InvalidArgument>(first_position >= 0 && window >= 0,
+                           "first_position and window must not be negative");
+  require<InvalidArgument>(splits.first >= 0 && splits.first <= splits.second,
+                           "splits must be an ascending pair");
   const auto& table = kernels::kernel_table(isa);
   const int64_t rows = q.shape(0) * q.shape(1), head_dim = q.shape(2);
   FloatArray m(rows), l(rows), acc({rows, head_dim});
   kernels::AttentionParams p;
-  p.kv = make_view(pool, block_table, kv_head, block_stride, head_stride, block_size, static_cast<int>(head_dim),
-                   first_position + q.shape(0));
+  p.kv = make_view(pool, block_table, kv_head, block_stride, head_stride, block_size,
+                   static_cast<int>(head_dim), first_position + q.shape(0));
   p.kv_head = kv_head;
   p.block_table = block_table.data();
   p.q = q.data();
@@ -90,8 +99,9 @@ py::tuple run_attention(const std::string& isa, const FloatArray& q, HalfArray& 
 
 FloatArray run_attention_finish(const std::string& isa, const FloatArray& m, const FloatArray& l,
                                 const FloatArray& acc) {
-  require<InvalidArgument>(m.ndim() == 2 && l.ndim() == 2 && acc.ndim() == 3 && l.shape(0) == m.shape(0) &&
-                               l.shape(1) == m.shape(1) && acc.shape(0) == m.shape(0) && acc.shape(1) == m.shape(1) &&
+  require<InvalidArgument>(m.ndim() == 2 && l.ndim() == 2 && acc.ndim() == 3 &&
+                               l.shape(0) == m.shape(0) && l.shape(1) == m.shape(1) &&
+                               acc.shape(0) == m.shape(0) && acc.shape(1) == m.shape(1) &&
                                acc.shape(2) % 16 == 0,
                            "m and l must have shape [states, rows], acc [states, rows, head_dim]");
   FloatArray out({acc.shape(1), acc.shape(2)});
@@ -108,15 +118,16 @@ FloatArray run_attention_finish(const std::string& isa, const FloatArray& m, con
   return out;
 }
 
-void run_kv_write(const std::string& isa, HalfArray& pool, const IntArray& block_table, const FloatArray& k,
-                  const FloatArray& v, int kv_head, int64_t block_stride, int64_t head_stride, int block_size,
-                  int first_position) {
-  require<InvalidArgument>(k.ndim() == 2 && v.ndim() == 2 && k.shape(0) == v.shape(0) && k.shape(1) == v.shape(1),
-                           "k and v must both have shape [tokens, head_dim]");
+void run_kv_write(const std::string& isa, HalfArray& pool, const IntArray& block_table,
+                  const FloatArray& k, const FloatArray& v, int kv_head, int64_t block_stride,
+                  int64_t head_stride, int block_size, int first_position) {
+  require<InvalidArgument>(
+      k.ndim() == 2 && v.ndim() == 2 && k.shape(0) == v.shape(0) && k.shape(1) == v.shape(1),
+      "k and v must both have shape [tokens, head_dim]");
   require<InvalidArgument>(first_position >= 0, "first_position must not be negative");
   kernels::KvWriteParams p;
-  p.kv = make_view(pool, block_table, kv_head, block_stride, head_stride, block_size, static_cast<int>(k.shape(1)),
-                   first_position + k.shape(0));
+  p.kv = make_view(pool, block_table, kv_head, block_stride, head_stride, block_size,
+                   static_cast<int>(k.shape(1)), first_position + k.shape(0));
   p.kv_head = kv_head;
   p.block_table = block_table.data();
   p.first_position = first_position;
@@ -127,16 +138,19 @@ void run_kv_write(const std::string& isa, HalfArray& pool, const IntArray& block
   kernels::kernel_table(isa).kv_write(p);
 }
 
-FloatArray run_rms_norm(const std::string& isa, const FloatArray& x, const FloatArray& weight, float eps) {
+FloatArray run_rms_norm(const std::string& isa, const FloatArray& x, const FloatArray& weight,
+                        float eps) {
   require_same_size(x, weight, "rms_norm");
   FloatArray out = like(x);
   kernels::kernel_table(isa).rms_norm(x.data(), weight.data(), eps, x.size(), out.mutable_data());
   return out;
 }
 
-FloatArray run_rope(const std::string& isa, const FloatArray& x, const FloatArray& cos, const FloatArray& sin) {
+FloatArray run_rope(const std::string& isa, const FloatArray& x, const FloatArray& cos,
+                    const FloatArray& sin) {
   require_same_size(cos, sin, "rope");
-  require<InvalidArgument>(x.size() == 2 * cos.size(), "rope: x must have twice as many elements as cos");
+  require<InvalidArgument>(x.size() == 2 * cos.size(),
+                           "rope: x must have twice as many elements as cos");
   FloatArray out = like(x);
   std::copy_n(x.data(), x.size(), out.mutable_data());
   kernels::kernel_table(isa).rope(out.mutable_data(), cos.data(), sin.data(), x.size());
@@ -145,7 +159,8 @@ FloatArray run_rope(const std::string& isa, const FloatArray& x, const FloatArra
 
 using BinaryEntry = void (*kernels::KernelTable::*)(const float*, const float*, int64_t, float*);
 
-FloatArray run_binary(BinaryEntry entry, const std::string& isa, const FloatArray& a, const FloatArray& b) {
+FloatArray run_binary(BinaryEntry entry, const std::string& isa, const FloatArray& a,
+                      const FloatArray& b) {
   require_same_size(a, b, "binary kernel");
   FloatArray out = like(a);
   (kernels::kernel_table(isa).*entry)(a.data(), b.data(), a.size(), out.mutable_data());
@@ -181,19 +196,23 @@ py::tuple run_argmax(const std::string& isa, const FloatArray& x) {
 }  // namespace
 
 void register_kernels_ops(py::module_& m) {
-  py::module_ k = m.def_submodule("kernels", "Kernels by instruction set, for tests and benchmarks.");
-  k.def("attention", &run_attention, py::arg("isa"), py::arg("q").noconvert(), py::arg("pool").noconvert(),
-        py::arg("block_table").noconvert(), py::kw_only(), py::arg("kv_head"), py::arg("block_stride"),
-        py::arg("head_stride"), py::arg("block_size"), py::arg("first_position"), py::arg("splits"),
-        py::arg("window") = 0, py::arg("scale") = 1.f, py::arg("softcap") = 0.f,
+  py::module_ k =
+      m.def_submodule("kernels", "Kernels by instruction set, for tests and benchmarks.");
+  k.def("attention", &run_attention, py::arg("isa"), py::arg("q").noconvert(),
+        py::arg("pool").noconvert(), py::arg("block_table").noconvert(), py::kw_only(),
+        py::arg("kv_head"), py::arg("block_stride"), py::arg("head_stride"), py::arg("block_size"),
+        py::arg("first_position"), py::arg("splits"), py::arg("window") = 0, py::arg("scale") = 1.f,
+        py::arg("softcap") = 0.f,
         "Runs AttentionParams for q [tokens, group, head_dim]; returns the states (m, l, acc).");
-  k.def("attention_finish", &run_attention_finish, py::arg("isa"), py::arg("m").noconvert(), py::arg("l").noconvert(),
-        py::arg("acc").noconvert(), "Merges states [states, rows(, head_dim)]; returns [rows, head_dim].");
-  k.def("kv_write", &run_kv_write, py::arg("isa"), py::arg("pool").noconvert(), py::arg("block_table").noconvert(),
-        py::arg("k").noconvert(), py::arg("v").noconvert(), py::kw_only(), py::arg("kv_head"),
-        py::arg("block_stride"), py::arg("head_stride"), py::arg("block_size"), py::arg("first_position"));
-  k.def("rms_norm", &run_rms_norm, py::arg("isa"), py::arg("x").noconvert(), py::arg("weight").noconvert(),
-        py::arg("eps"));
+  k.def("attention_finish", &run_attention_finish, py::arg("isa"), py::arg("m").noconvert(),
+        py::arg("l").noconvert(), py::arg("acc").noconvert(),
+        "Merges states [states, rows(, head_dim)]; returns [rows, head_dim].");
+  k.def("kv_write", &run_kv_write, py::arg("isa"), py::arg("pool").noconvert(),
+        py::arg("block_table").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
+        py::kw_only(), py::arg("kv_head"), py::arg("block_stride"), py::arg("head_stride"),
+        py::arg("block_size"), py::arg("first_position"));
+  k.def("rms_norm", &run_rms_norm, py::arg("isa"), py::arg("x").noconvert(),
+        py::arg("weight").noconvert(), py::arg("eps"));
   k.def("rope", &run_rope, py::arg("isa"), py::arg("x").noconvert(), py::arg("cos").noconvert(),
         py::arg("sin").noconvert());
   const auto binary = [&k](const char* name, BinaryEntry entry) {
@@ -209,10 +228,15 @@ void register_kernels_ops(py::module_& m) {
   binary("gelu_tanh_mul", &kernels::KernelTable::gelu_tanh_mul);
   k.def(
       "scale",
-      [](const std::string& isa, const FloatArray& x, float factor) { return run_scaled(false, isa, x, factor); },
+      [](const std::string& isa, const FloatArray& x, float factor) {
+        return run_scaled(false, isa, x, factor);
+      },
       py::arg("isa"), py::arg("x").noconvert(), py::arg("factor"));
   k.def(
-      "softcap", [](const std::string& isa, const FloatArray& x, float cap) { return run_scaled(true, isa, x, cap); },
+      "softcap",
+      [](const std::string& isa, const FloatArray& x, float cap) {
+        return run_scaled(true, isa, x, cap);
+      },
       py::arg("isa"), py::arg("x").noconvert(), py::arg("cap"));
   k.def("to_bf16", &run_to_bf16, py::arg("isa"), py::arg("x").noconvert());
   k.def("argmax", &run_argmax, py::arg("isa"), py::arg("x").noconvert());

@@ -6,6 +6,7 @@ Names load on first use, so that ``import sagellm.protocol`` costs pydantic alon
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("errors", "protocol"):
         return importlib.import_module(f"sagellm.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("sagellm")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'sagellm' has no attribute {name!r}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-import click
 import typer
 from rich.console import Console
 
 from sagellm.errors import SagellmError
+
+# The base of typer's errors about command lines; typer exports only its subclasses.
+_UsageProblem = typer.BadParameter.__mro__[2]
 
 
 def run_app(app: typer.Typer, *, prog_name: str, args: list[str] | None = None) -> int:
@@ -26,12 +28,12 @@ def run_app(app: typer.Typer, *, prog_name: str, args: list[str] | None = None) 
             f"[bold red]error:[/] {_plain(str(error))}", highlight=False
         )
         return 1
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("interrupted")
         return 130
-    except click.ClickException as error:
+    except _UsageProblem as error:
         error.show()
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away

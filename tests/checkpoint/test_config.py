@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models.make_tiny import ARCHITECTURES, hf_config, make_tiny_gguf, make_tiny_hf, tiny_dims
 
+from models.make_tiny import ARCHITECTURES, hf_config, make_tiny_gguf, make_tiny_hf, tiny_dims
 from sagellm.checkpoint import ModelConfig, RopeConfig, inverse_frequencies, open_checkpoint
 from sagellm.checkpoint.gguf_config import config_from_gguf
 from sagellm.checkpoint.hf_config import config_from_hf
@@ -98,9 +98,13 @@ def test_gguf_window_patterns_may_be_a_period_or_flags() -> None:
 
 @pytest.mark.parametrize(("arch", "layers"), [("gemma2", 46), ("gemma3", 62)])
 def test_the_27b_gemmas_scale_attention_by_width_over_heads(arch: str, layers: int) -> None:
-    keys = {"attention__sliding_window": 64, "attention__key_length": 128, "attention__value_length": 128}
-    assert gguf_config(arch, layers, **keys).attention_scale == (512 / 8) ** -0.5
-    assert gguf_config(arch, layers - 1, **keys).attention_scale == 128**-0.5
+    keys = {
+        "attention__sliding_window": 64,
+        "attention__key_length": 128,
+        "attention__value_length": 128,
+    }
+    assert gguf_config(arch, layers, **keys).attention_scale == pytest.approx((512 / 8) ** -0.5)
+    assert gguf_config(arch, layers - 1, **keys).attention_scale == pytest.approx(128**-0.5)
 
 
 def test_gguf_rope_scaling() -> None:
@@ -110,7 +114,7 @@ def test_gguf_rope_scaling() -> None:
     yarn = gguf_config("qwen2", rope__scaling__original_context_length=1024, **keys).rope
     assert (yarn.kind, yarn.original_max_position) == ("yarn", 1024)
     assert yarn.attention_factor == pytest.approx(0.1 * math.log(4.0) + 1.0)
-    with pytest.raises(UnsupportedError, match="longrope.*supported: none, linear, yarn"):
+    with pytest.raises(UnsupportedError, match=r"longrope.*supported: none, linear, yarn"):
         gguf_config("llama", rope__scaling__type="longrope")
 
 
@@ -138,9 +142,11 @@ def test_impossible_gguf_settings_are_named(keys: dict[str, Any], message: str) 
 
 
 def test_unknown_models_list_what_is_supported() -> None:
-    with pytest.raises(UnsupportedError, match="'mamba'.*llama, qwen2, qwen3, gemma2, gemma3"):
+    with pytest.raises(UnsupportedError, match=r"'mamba'.*llama, qwen2, qwen3, gemma2, gemma3"):
         gguf_config("mamba")
-    with pytest.raises(UnsupportedError, match="'mamba'.*llama, mistral, qwen2, qwen3, gemma2, gemma3_text"):
+    with pytest.raises(
+        UnsupportedError, match=r"'mamba'.*llama, mistral, qwen2, qwen3, gemma2, gemma3_text"
+    ):
         json_config("llama", model_type="mamba")
     with pytest.raises(UnsupportedError, match="mixture-of-experts"):
         gguf_config("llama", expert_count=8)
@@ -206,7 +212,9 @@ def test_newer_rope_parameters_are_read_like_older_keys() -> None:
     old = json_config("gemma3", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=scaling)
     assert new == old
     assert new.rope == RopeConfig(theta=5e5, dim=32, kind="linear", factor=8.0)
-    flat = json_config("qwen3", rope_theta=None, rope_parameters={"rope_theta": 7e5, "rope_type": "default"})
+    flat = json_config(
+        "qwen3", rope_theta=None, rope_parameters={"rope_theta": 7e5, "rope_type": "default"}
+    )
     assert flat.rope.theta == 7e5
 
 
@@ -238,7 +246,9 @@ def test_frequencies_without_scaling_are_a_geometric_sequence() -> None:
 
 
 def test_llama3_keeps_fast_pairs_divides_slow_ones_and_blends_between() -> None:
-    rope = RopeConfig(theta=500000.0, dim=128, kind="llama3", factor=8.0, original_max_position=8192)
+    rope = RopeConfig(
+        theta=500000.0, dim=128, kind="llama3", factor=8.0, original_max_position=8192
+    )
     plain, _ = inverse_frequencies(RopeConfig(theta=500000.0, dim=128))
     scaled, _ = inverse_frequencies(rope)
     wavelength = 2 * math.pi / plain

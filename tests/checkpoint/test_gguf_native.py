@@ -272,7 +272,7 @@ HOSTILE_GGUF = {
     "huge number array": (gguf_bytes([entry("k", 9, struct.pack("<IQ", 10, 2**61))]), "claims"),
     "huge string array": (gguf_bytes([entry("k", 9, struct.pack("<IQ", 8, BIG))]), "claims"),
     "huge nested array": (gguf_bytes([entry("k", 9, struct.pack("<IQ", 9, BIG // 12))]), "claims"),
-    "deep nesting": (gguf_bytes([entry("k", 9, struct.pack("<IQ", 9, 1) * 5 + bytes(64))]), "deeper"),
+    "deep": (gguf_bytes([entry("k", 9, struct.pack("<IQ", 9, 1) * 5 + bytes(64))]), "nest deeper"),
     "array type": (gguf_bytes([entry("k", 9, struct.pack("<IQ", 99, 0))]), "metadata type 99"),
     "alignment 0": (gguf_bytes([entry(ALIGNMENT, 4, bytes(4))]), "power of two"),
     "alignment 24": (gguf_bytes([entry(ALIGNMENT, 4, struct.pack("<I", 24))]), "power of two"),

@@ -1,4 +1,4 @@
-"""The pure-Python readers and dequantizers against the gguf and safetensors packages, and against damage."""
+"""The pure-Python readers against the gguf and safetensors packages, and against damage."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from models.make_tiny import make_tiny_gguf, make_tiny_hf
 from safetensors.numpy import load_file
 
+from models.make_tiny import make_tiny_gguf, make_tiny_hf
 from sagellm.checkpoint.dequantize import dequantize
 from sagellm.checkpoint.gguf_file import PyGgufFile
 from sagellm.checkpoint.safetensors_file import PySafetensorsFile
@@ -35,7 +35,9 @@ def test_dequantize_is_bitwise_the_gguf_package(format: str) -> None:
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[format])
     got = dequantize(format, raw.reshape(-1), (6, 512))
     assert got.dtype == np.float32
-    np.testing.assert_array_equal(got.view(np.uint32), np.ascontiguousarray(expected).view(np.uint32))
+    np.testing.assert_array_equal(
+        got.view(np.uint32), np.ascontiguousarray(expected).view(np.uint32)
+    )
 
 
 def test_dequantize_in_several_chunks_is_the_same() -> None:
@@ -65,7 +67,9 @@ def test_gguf_file_reads_what_the_gguf_package_reads(format: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_safetensors_file_reads_what_the_safetensors_package_reads(dtype: str, tmp_path: Path) -> None:
+def test_safetensors_file_reads_what_the_safetensors_package_reads(
+    dtype: str, tmp_path: Path
+) -> None:
     path = make_tiny_hf(tmp_path / "tiny", "qwen2", dtype=dtype) / "model.safetensors"
     file = PySafetensorsFile(path)
     reference = make_tiny_hf(tmp_path / "f32", "qwen2") / "model.safetensors"
@@ -223,9 +227,7 @@ HOSTILE_GGUF: dict[str, tuple[bytes, type[SagellmError], str]] = {
         "twice",
     ),
     "bad alignment": (
-        gguf_bytes(
-            keys=1, body=text("general.alignment") + struct.pack("<II", 4, 48) + bytes(64)
-        ),
+        gguf_bytes(keys=1, body=text("general.alignment") + struct.pack("<II", 4, 48) + bytes(64)),
         CorruptFileError,
         "power of two",
     ),
@@ -266,18 +268,42 @@ HOSTILE_SAFETENSORS: dict[str, tuple[bytes, type[SagellmError], str]] = {
         UnsupportedError,
         "supported: F32, F16, BF16",
     ),
-    "negative": (safetensors_bytes({"t": entry([-1], 0, 4)}, bytes(4)), CorruptFileError, "malformed"),
-    "float size": (safetensors_bytes({"t": entry([1.5], 0, 4)}, bytes(4)), CorruptFileError, "malformed"),
-    "bool size": (safetensors_bytes({"t": entry([True], 0, 4)}, bytes(4)), CorruptFileError, "malformed"),
-    "wrong extent": (safetensors_bytes({"t": entry([2], 0, 4)}, bytes(4)), CorruptFileError, "needs 8"),
-    "past the end": (safetensors_bytes({"t": entry([2], 0, 8)}, bytes(4)), CorruptFileError, "extent"),
+    "negative": (
+        safetensors_bytes({"t": entry([-1], 0, 4)}, bytes(4)),
+        CorruptFileError,
+        "malformed",
+    ),
+    "float size": (
+        safetensors_bytes({"t": entry([1.5], 0, 4)}, bytes(4)),
+        CorruptFileError,
+        "malformed",
+    ),
+    "bool size": (
+        safetensors_bytes({"t": entry([True], 0, 4)}, bytes(4)),
+        CorruptFileError,
+        "malformed",
+    ),
+    "wrong extent": (
+        safetensors_bytes({"t": entry([2], 0, 4)}, bytes(4)),
+        CorruptFileError,
+        "needs 8",
+    ),
+    "past the end": (
+        safetensors_bytes({"t": entry([2], 0, 8)}, bytes(4)),
+        CorruptFileError,
+        "extent",
+    ),
     "hole": (safetensors_bytes({"t": entry([1], 4, 8)}, bytes(8)), CorruptFileError, "expected"),
     "overlap": (
         safetensors_bytes({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, bytes(8)),
         CorruptFileError,
         "expected",
     ),
-    "unused bytes": (safetensors_bytes({"t": entry([1], 0, 4)}, bytes(8)), CorruptFileError, "end at byte"),
+    "unused bytes": (
+        safetensors_bytes({"t": entry([1], 0, 4)}, bytes(8)),
+        CorruptFileError,
+        "end at byte",
+    ),
 }
 
 

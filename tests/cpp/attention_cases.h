@@ -71,8 +71,9 @@ inline std::vector<float> random_floats(size_t n, unsigned seed) {
   return x;
 }
 
-inline void attend(const KernelTable& kernels, Sequence& sequence, const Shape& shape, const float* q, int token,
-                   int count, int split_begin, int split_end, States& out) {
+inline void attend(const KernelTable& kernels, Sequence& sequence, const Shape& shape,
+                   const float* q, int token, int count, int split_begin, int split_end,
+                   States& out) {
   const auto rows = static_cast<size_t>(count * shape.group);
   const size_t at = out.m.size();
   out.m.resize(at + rows);
@@ -90,7 +91,7 @@ inline void attend(const KernelTable& kernels, Sequence& sequence, const Shape& 
   p.split_begin = split_begin;
   p.split_end = split_end;
   p.window = shape.window;
-  p.scale = 0.2f;
+  p.scale = 1.f / std::sqrt(static_cast<float>(shape.head_dim));
   p.softcap = shape.softcap;
   p.m = out.m.data() + at;
   p.l = out.l.data() + at;
@@ -99,7 +100,8 @@ inline void attend(const KernelTable& kernels, Sequence& sequence, const Shape& 
   kernels.attention(p);
 }
 
-inline std::vector<float> finish(const KernelTable& kernels, const States& s, int count, int rows, int head_dim) {
+inline std::vector<float> finish(const KernelTable& kernels, const States& s, int count, int rows,
+                                 int head_dim) {
   std::vector<float> out(static_cast<size_t>(rows * head_dim));
   AttentionFinishParams p;
   p.m = s.m.data();
@@ -117,15 +119,16 @@ inline std::vector<float> finish(const KernelTable& kernels, const States& s, in
 inline int splits(const Shape& s) { return (s.first + s.tokens - 1) / kAttentionSplit + 1; }
 
 inline const std::vector<Shape>& shapes() {
-  static const std::vector<Shape> all = {{64, 3, 10, 0, 0, 0.f},   {64, 7, 4, 60, 0, 0.f},     {80, 1, 32, 490, 0, 0.f},
-                                         {256, 4, 8, 13, 0, 0.f},  {64, 2, 16, 100, 37, 0.f},  {128, 5, 6, 1020, 0, 30.f},
-                                         {96, 8, 4, 77, 64, 5.f},  {16, 40, 1, 33, 0, 0.f},    {64, 1, 1, 0, 0, 0.f}};
+  static const std::vector<Shape> all = {
+      {64, 3, 10, 0, 0, 0.f},  {64, 7, 4, 60, 0, 0.f},    {80, 1, 32, 490, 0, 0.f},
+      {256, 4, 8, 13, 0, 0.f}, {64, 2, 16, 100, 37, 0.f}, {128, 5, 6, 1020, 0, 30.f},
+      {96, 8, 4, 77, 64, 5.f}, {16, 40, 1, 33, 0, 0.f},   {64, 1, 1, 0, 0, 0.f}};
   return all;
 }
 
 inline std::string describe(const Shape& s) {
-  return "head_dim " + std::to_string(s.head_dim) + " group " + std::to_string(s.group) + " first " +
-         std::to_string(s.first) + " window " + std::to_string(s.window);
+  return "head_dim " + std::to_string(s.head_dim) + " group " + std::to_string(s.group) +
+         " first " + std::to_string(s.first) + " window " + std::to_string(s.window);
 }
 
 inline void expect_same_bits(const std::vector<float>& a, const std::vector<float>& b) {
@@ -135,7 +138,11 @@ inline void expect_same_bits(const std::vector<float>& a, const std::vector<floa
 
 /// Same K, V and q give the generic table's output, within the rounding of the path.
 inline void expect_agreement(const KernelTable& kernels, const KernelTable& generic) {
-  const float tolerance = std::string(kernels.name) == "avx512_bf16" ? 8e-3f : 2e-5f;
+  // bfloat16 queries and weights move a row that sees few tokens by up to 2^-8 of a value of 2; on
+  // average far less.
+  const bool bf16 = std::string(kernels.name) == "avx512_bf16";
+  const float tolerance = bf16 ? 8e-3f : 2e-5f;
+  const double relative_tolerance = bf16 ? 4e-3 : 1e-5;
   for (const Shape& s : shapes()) {
     SCOPED_TRACE(describe(s));
     Sequence sequence(s.first + s.tokens, s.head_dim, 32, 1);
@@ -146,7 +153,13 @@ inline void expect_agreement(const KernelTable& kernels, const KernelTable& gene
     attend(generic, sequence, s, q.data(), 0, s.tokens, 0, splits(s), theirs);
     const auto a = finish(kernels, mine, 1, s.tokens * s.group, s.head_dim);
     const auto b = finish(generic, theirs, 1, s.tokens * s.group, s.head_dim);
-    for (size_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a[i], b[i], tolerance) << i;
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+      ASSERT_NEAR(a[i], b[i], tolerance) << i;
+      difference += std::pow(a[i] - b[i], 2);
+      norm += std::pow(b[i], 2);
+    }
+    EXPECT_LT(std::sqrt(difference / norm), relative_tolerance);
   }
 }
 
@@ -178,7 +191,8 @@ inline void expect_split_merge(const KernelTable& kernels) {
     const auto q = random_floats(static_cast<size_t>(s.group * s.head_dim), 6);
     States whole, parts;
     attend(kernels, sequence, s, q.data(), 0, 1, 0, 3, whole);
-    for (int split = 0; split < 3; ++split) attend(kernels, sequence, s, q.data(), 0, 1, split, split + 1, parts);
+    for (int split = 0; split < 3; ++split)
+      attend(kernels, sequence, s, q.data(), 0, 1, split, split + 1, parts);
     expect_same_bits(finish(kernels, whole, 1, 3, 64), finish(kernels, parts, 3, 3, 64));
   }
 }
@@ -202,7 +216,8 @@ inline void expect_elementwise_agreement(const KernelTable& kernels, const Kerne
     x[0] = std::numeric_limits<float>::infinity();
     if (n > 5) x[3] = -x[0], x[5] = std::nanf("");
     for (float& value : x) value *= 3.f;
-    for (const auto entry : {&KernelTable::add, &KernelTable::silu_mul, &KernelTable::gelu_tanh_mul}) {
+    for (const auto entry :
+         {&KernelTable::add, &KernelTable::silu_mul, &KernelTable::gelu_tanh_mul}) {
       (kernels.*entry)(x.data(), y.data(), size, a.data());
       (generic.*entry)(x.data(), y.data(), size, b.data());
       near(a, b);
@@ -222,9 +237,9 @@ inline void expect_elementwise_agreement(const KernelTable& kernels, const Kerne
     EXPECT_NEAR(kernels.sum_exp(y.data(), 3.f, size), generic.sum_exp(y.data(), 3.f, size), 1e-5);
     a = b = y;
     if (n % 2 == 0) {
-      kernels.rope(a.data(), x.data() + n / 2, y.data(), size);
-      generic.rope(b.data(), x.data() + n / 2, y.data(), size);
-      for (size_t i = 0; i < n; ++i) EXPECT_TRUE(std::isnan(b[i]) || std::fabs(a[i] - b[i]) < 1e-4f) << i;
+      kernels.rope(a.data(), y.data() + n / 2, y.data(), size);
+      generic.rope(b.data(), y.data() + n / 2, y.data(), size);
+      for (size_t i = 0; i < n; ++i) EXPECT_NEAR(a[i], b[i], 1e-5f) << i;
     }
   }
 }

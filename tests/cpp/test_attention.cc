@@ -1,5 +1,6 @@
-// Attention and element-wise kernels of every table that runs here, through the C++ interface: agreement with the
-// generic table, bitwise row independence, and exact bounds of what is read and written (ASan sees the rest).
+// Attention and element-wise kernels of every table that runs here, through the C++ interface:
+// agreement with the generic table, bitwise row independence, and exact bounds of what is read and
+// written (ASan sees the rest).
 #include <gtest/gtest.h>
 
 #include <string>
@@ -18,7 +19,9 @@ class Attention : public ::testing::TestWithParam<std::string> {
 TEST_P(Attention, AgreesWithGeneric) { expect_agreement(table(), kernel_table("generic")); }
 TEST_P(Attention, RowsAreBitwiseIndependent) { expect_row_independence(table()); }
 TEST_P(Attention, SplitsMergeToTheSameBits) { expect_split_merge(table()); }
-TEST_P(Attention, ElementwiseAgreesWithGeneric) { expect_elementwise_agreement(table(), kernel_table("generic")); }
+TEST_P(Attention, ElementwiseAgreesWithGeneric) {
+  expect_elementwise_agreement(table(), kernel_table("generic"));
+}
 
 INSTANTIATE_TEST_SUITE_P(Isa, Attention, ::testing::ValuesIn(available_isas()),
                          [](const auto& info) { return info.param; });

@@ -43,7 +43,10 @@ def make_engine(
     options.setdefault("block_size", 16)
     options.setdefault("kv_cache_tokens", 4096)
     return Engine(
-        runner or MockRunner(), mock_tokenizer(), EngineConfig(**options), clock=clock or Clock(0.001)
+        runner or MockRunner(),
+        mock_tokenizer(),
+        EngineConfig(**options),
+        clock=clock or Clock(0.001),
     )
 
 
@@ -97,7 +100,7 @@ def assert_pool_empty(engine: Engine) -> None:
 def expected_tokens(
     prompt: list[int], request: Request, *, index: int = 0, windows: tuple[int, ...] = (0,)
 ) -> list[int]:
-    """The answer by recomputing everything for every token, in one block, without engine or cache."""
+    """The answer by recomputing everything for every token, without engine or cache."""
     size = 1024
     runner = MockRunner(windows=windows)
     runner.allocate_kv(len(windows), size)

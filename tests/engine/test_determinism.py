@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from engine.support import (
     answers,
     assert_pool_empty,
@@ -15,7 +16,6 @@ from engine.support import (
     run_all,
     serve,
 )
-
 from sagellm.backends.mock import MockRunner
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 150, 7)
@@ -42,9 +42,7 @@ def workload(count: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     prompts, options = workload(32)
-    return [
-        expected_tokens(p, make_request(**o)) for p, o in zip(prompts, options, strict=True)
-    ]
+    return [expected_tokens(p, make_request(**o)) for p, o in zip(prompts, options, strict=True)]
 
 
 def test_alone_equals_recomputing_everything(expected: list[list[int]]) -> None:

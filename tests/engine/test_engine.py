@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from engine.support import (
     Clock,
     answers,
@@ -13,7 +14,6 @@ from engine.support import (
     random_prompt,
     run_all,
 )
-
 from sagellm.backends.mock import BOS_ID, EOS_ID, MockRunner
 from sagellm.engine.engine import Engine
 from sagellm.engine.output import SequenceOutput, delta_of, end_of, response_of
@@ -54,9 +54,7 @@ def test_end_of_sequence_stops_unless_ignored() -> None:
     bias = {EOS_ID: 100.0}
     engine = make_engine()
     stops = engine.add_request(make_request(max_tokens=3, logit_bias=bias), [1])
-    goes_on = engine.add_request(
-        make_request(max_tokens=3, logit_bias=bias, ignore_eos=True), [1]
-    )
+    goes_on = engine.add_request(make_request(max_tokens=3, logit_bias=bias, ignore_eos=True), [1])
     found = answers(run_all(engine))
     assert found[stops, 0] == [EOS_ID]
     assert found[goes_on, 0] == [EOS_ID] * 3
@@ -134,7 +132,9 @@ def test_metrics_are_what_the_clock_saw() -> None:
 
 def test_kv_budget_bounds_the_tokens_in_the_cache() -> None:
     engine = make_engine()
-    key = engine.add_request(make_request(max_tokens=100, kv_budget_tokens=20, ignore_eos=True), [5] * 10)
+    key = engine.add_request(
+        make_request(max_tokens=100, kv_budget_tokens=20, ignore_eos=True), [5] * 10
+    )
     final = only(run_all(engine), key)
     response = response_of(final)
     assert response.finish_reason == "length"
@@ -151,7 +151,9 @@ def test_sequence_ends_with_length_at_max_model_len() -> None:
 
 def test_request_that_can_never_fit_is_refused_at_once() -> None:
     engine = make_engine(kv_cache_tokens=64)
-    with pytest.raises(ResourceExhaustedError, match=r"prompt to at most 64 tokens, or raise kv_cache_gb"):
+    with pytest.raises(
+        ResourceExhaustedError, match=r"prompt to at most 64 tokens, or raise kv_cache_gb"
+    ):
         engine.add_request(make_request(max_tokens=1), [1] * 65)
     with pytest.raises(ResourceExhaustedError, match=r"lower max_tokens to at most 25"):
         engine.add_request(make_request(max_tokens=26), [1] * 40)
@@ -226,7 +228,9 @@ def test_cancel_frees_blocks_at_once_in_every_state(steps: int) -> None:
 def test_deadline_passes_while_waiting_and_while_running() -> None:
     clock = Clock()
     engine = make_engine(max_num_seqs=1, clock=clock)
-    runs = engine.add_request(make_request(max_tokens=900, deadline_ms=1000.0, ignore_eos=True), [1])
+    runs = engine.add_request(
+        make_request(max_tokens=900, deadline_ms=1000.0, ignore_eos=True), [1]
+    )
     waits = engine.add_request(make_request(max_tokens=5, deadline_ms=500.0), [2])
     calm = engine.add_request(make_request(max_tokens=5), [3])
     early = [engine.step() for _ in range(4)]
@@ -267,22 +271,35 @@ def test_least_urgent_and_latest_sequence_is_preempted_first() -> None:
     normal = engine.add_request(make_request(**options), random_prompt(1, 30))
     late = engine.add_request(make_request(**options), random_prompt(2, 30))
     outputs = run_all(engine)
-    evictions = {k: response_of(only(outputs, k)).metrics.evict_count for k in (urgent, normal, late)}
+    evictions = {
+        k: response_of(only(outputs, k)).metrics.evict_count for k in (urgent, normal, late)
+    }
     assert evictions[urgent] == 0
     assert evictions[late] and evictions[late] > 0
     assert [o.key for o in outputs if o.finished] == [urgent, normal, late]
 
 
-def test_decoding_goes_on_while_a_long_prompt_is_computed() -> None:
+@pytest.mark.parametrize("priority", [0, -1])
+def test_decoding_goes_on_while_a_long_prompt_is_computed(priority: int) -> None:
     engine = make_engine(max_batch_tokens=64, max_num_seqs=8)
     option = {"max_tokens": 40, "stream": True, "logit_bias": ascii_only()}
     decodes = engine.add_request(make_request(**option), [1])
     engine.step()
-    prompt = engine.add_request(make_request(max_tokens=1), random_prompt(0, 63 * 9 + 10))
+    request = make_request(max_tokens=1, priority=priority)
+    prompt = engine.add_request(request, random_prompt(0, 63 * 9 + 10))
     for _ in range(9):
         assert [(o.key, len(o.token_ids)) for o in engine.step()] == [(decodes, 1)]
     assert {o.key for o in engine.step()} == {decodes, prompt}
     run_all(engine)
+
+
+def test_waiting_request_is_admitted_as_soon_as_blocks_come_back() -> None:
+    engine = make_engine(kv_cache_tokens=96)
+    option = {"ignore_eos": True}
+    short = engine.add_request(make_request(max_tokens=3, **option), random_prompt(0, 40))
+    long = engine.add_request(make_request(max_tokens=15, **option), random_prompt(1, 10))
+    waits = engine.add_request(make_request(max_tokens=3, **option), random_prompt(2, 40))
+    assert order_of_answers(engine) == [short, waits, long]
 
 
 def test_64_requests_in_a_pool_for_a_few() -> None:

@@ -1,9 +1,12 @@
-"""Whatever arrives, leaves or runs out: every request is answered once, correctly, and blocks come back."""
+"""Whatever arrives, leaves or runs out: every request is answered once, and blocks come back."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.support import (
     Clock,
@@ -13,9 +16,6 @@ from engine.support import (
     make_request,
     random_prompt,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from sagellm.backends.mock import MockRunner
 from sagellm.engine.output import SequenceOutput
 from sagellm.errors import ResourceExhaustedError
@@ -76,7 +76,9 @@ class World:
         if isinstance(action, dict):
             options = {k: v for k, v in action.items() if k != "prompt"}
             try:
-                key = self.engine.add_request(make_request(**options), random_prompt(*action["prompt"]))
+                key = self.engine.add_request(
+                    make_request(**options), random_prompt(*action["prompt"])
+                )
             except ResourceExhaustedError:
                 return  # refused at the door
             self.asked[key] = action
@@ -89,9 +91,7 @@ class World:
                 self.engine.kv.check_integrity()
 
     def finish(self) -> None:
-        work = sum(
-            (a["prompt"][1] + a["max_tokens"]) * a["n"] for a in self.asked.values()
-        )
+        work = sum((a["prompt"][1] + a["max_tokens"]) * a["n"] for a in self.asked.values())
         steps = 0
         while self.engine.has_work:
             self.outputs += self.engine.step()

@@ -163,6 +163,18 @@ class Machine(RuleBasedStateMachine):
         self.salts[child] = self.salts[parent]
 
     @precondition(lambda self: self.tokens)
+    @rule(index=INDEX, num_children=st.integers(1, 3), more=st.integers(1, 5))
+    def sample(self, index: int, num_children: int, more: int) -> None:
+        """Several samples of one prompt: forks that all reserve before copies are taken."""
+        family = [self.pick(index)]
+        for _ in range(num_children):
+            self.fork(index)
+            family.append(self.next_id)
+        for sequence_id in family:
+            target = len(self.tokens[sequence_id]) + more
+            self.both(lambda c, i=sequence_id, n=target: c.reserve(i, n))
+
+    @precondition(lambda self: self.tokens)
     @rule(index=INDEX)
     def release(self, index: int) -> None:
         sequence_id = self.pick(index)
@@ -242,7 +254,7 @@ def test_native_and_reference_agree_over_random_operations() -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=250,
+            max_examples=150,
             stateful_step_count=60,
             deadline=None,
             derandomize=True,

@@ -1,4 +1,5 @@
-"""Tiny random models on disk, for tests: every supported architecture as GGUF or as a Hugging Face folder.
+"""Tiny random models on disk, for tests: every supported architecture as GGUF or as a Hugging Face
+folder.
 
 Usage::
 
@@ -8,15 +9,17 @@ Usage::
     folder = make_tiny_hf(tmp_path / "tiny", "gemma3", dtype="BF16", shards=2)
 
 * ``arch`` is one of ``ARCHITECTURES``. Mistral is a llama with a sliding window on every layer.
-* ``format`` of a GGUF is any of ``sagellm.checkpoint.tensor_file.BLOCKS``; norms and biases stay F32. Super-block
+* ``format`` of a GGUF is any of ``sagellm.checkpoint.tensor_file.BLOCKS``; norms and biases stay
+F32. Super-block
   formats (``Q4_K``, ...) need rows of 256, so their default dimensions are larger.
 * ``dims`` override fields of ``TinyDims``.
-* The same ``arch``, ``seed`` and dims give the same F32 weights in both kinds of file, on any machine and with
+* The same ``arch``, ``seed`` and dims give the same F32 weights in both kinds of file, on any
+machine and with
   any NumPy: numbers come from an integer hash of (seed, tensor name, index).
 
-The vocabulary has 320 tokens: three specials, the 256 bytes, a few merges, and unused ones. GGUF files of the
-Gemma kinds have a SentencePiece vocabulary instead (byte tokens, letters, a few pieces). All have a ChatML-like
-template and end a turn with ``<|im_end|>``.
+The vocabulary has 320 tokens: three specials, the 256 bytes, a few merges, and unused ones. GGUF
+files of the Gemma kinds have a SentencePiece vocabulary instead (byte tokens, letters, a few
+pieces). All have a ChatML-like template and end a turn with ``<|im_end|>``.
 """
 
 from __future__ import annotations
@@ -43,7 +46,23 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_PIECES = ("th", "the", " t", " the", "in", "an", "and", " a", "er", "on", "he", "ll", "hello", " w", "or")
+_PIECES = (
+    "th",
+    "the",
+    " t",
+    " the",
+    "in",
+    "an",
+    "and",
+    " a",
+    "er",
+    "on",
+    "he",
+    "ll",
+    "hello",
+    " w",
+    "or",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +112,7 @@ def tiny_dims(arch: str, format: str = "F32", **dims: Any) -> TinyDims:
 
 
 def random_values(shape: tuple[int, ...], std: float, key: str, seed: int) -> NDArray[np.float32]:
-    """Uniform numbers of standard deviation ``std``, a pure function of the arguments (splitmix64)."""
+    """Uniform numbers of deviation ``std``, a pure function of the arguments (splitmix64)."""
     start = np.uint64((zlib.crc32(key.encode()) << 32) + seed * 0x51ED27)
     with np.errstate(over="ignore"):
         z = (np.arange(math.prod(shape), dtype=np.uint64) + start) * np.uint64(0x9E3779B97F4A7C15)
@@ -105,11 +124,14 @@ def random_values(shape: tuple[int, ...], std: float, key: str, seed: int) -> ND
 
 
 def tiny_weights(arch: str, dims: TinyDims, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Canonical names to float32 weights; norm weights are what multiplies (Gemma's 1 + w included)."""
+    """Canonical names to float32 weights; norm weights are what multiplies (Gemma's 1 + w)."""
     gemma = arch.startswith("gemma")
     hidden, width = dims.hidden_size, dims.intermediate_size
     queries, keys = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"embed": (dims.vocab_size, hidden), "final_norm": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed": (dims.vocab_size, hidden),
+        "final_norm": (hidden,),
+    }
     if not dims.tie_embeddings:
         shapes["lm_head"] = (dims.vocab_size, hidden)
     for i in range(dims.num_layers):
@@ -146,9 +168,14 @@ def tiny_weights(arch: str, dims: TinyDims, seed: int) -> dict[str, NDArray[np.f
     return weights
 
 
-# ---------------------------------------------------------------------------------------------- GGUF
+# ----------------------------------------------------------------------------------------------
+# GGUF
 
-_GGUF_TOP = {"embed": "token_embd.weight", "final_norm": "output_norm.weight", "lm_head": "output.weight"}
+_GGUF_TOP = {
+    "embed": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "lm_head": "output.weight",
+}
 _GGUF_LAYER = {
     "attn_norm": "attn_norm.weight",
     "q": "attn_q.weight",
@@ -181,7 +208,9 @@ def make_tiny_gguf(
     if shape.rope_freqs:
         writer.add_tensor("rope_freqs.weight", np.asarray(shape.rope_freqs, np.float32))
     for name, values in tiny_weights(arch, shape, seed).items():
-        heads = {"q": shape.num_heads, "k": shape.num_kv_heads}.get(name.split(".")[-1].removesuffix("_bias"))
+        heads = {"q": shape.num_heads, "k": shape.num_kv_heads}.get(
+            name.split(".")[-1].removesuffix("_bias")
+        )
         if gguf_arch == "llama" and heads:
             values = _interleave_rows(values, heads)
         stored = _GGUF_TOP.get(name) or _gguf_layer_name(name)
@@ -205,7 +234,7 @@ def _gguf_layer_name(name: str) -> str:
 
 
 def _interleave_rows(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """The order in which GGUF stores the q and k rows of a llama: value i beside value i + head_dim / 2."""
+    """A llama's q or k rows as GGUF stores them: row i of a head beside row i + head_dim/2."""
     dim = values.shape[0] // heads
     order = [h * dim + j for h in range(heads) for i in range(dim // 2) for j in (i, i + dim // 2)]
     return np.ascontiguousarray(values[order])
@@ -214,8 +243,8 @@ def _interleave_rows(values: NDArray[np.float32], heads: int) -> NDArray[np.floa
 def quantized_rows(format: str, values: NDArray[np.float32], seed: int) -> NDArray[np.uint8]:
     """Bytes ``[rows, row_bytes]`` of a matrix in a block format.
 
-    Simple formats quantize ``values``. For the others the bytes are random and the scales are set so that
-    the decoded weights have about the spread of ``values``.
+    Simple formats quantize ``values``. For the others the bytes are random and the scales are set
+    so that the decoded weights have about the spread of ``values``.
     """
     if format in ("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
         kind = gguf.GGMLQuantizationType[format]
@@ -225,7 +254,8 @@ def quantized_rows(format: str, values: NDArray[np.float32], seed: int) -> NDArr
     count = rows * columns // elements
     rng = np.random.default_rng([seed, rows, columns])
     blocks = rng.integers(0, 256, (count, block_bytes), dtype=np.uint8)
-    # Byte offset of d, spread of the codes at d = 1, byte offset of dmin, dmin / d (a mean of about 0).
+    # Byte offset of d, spread of the codes at d = 1, byte offset of dmin, dmin / d (a mean of
+    # about 0).
     at, spread, min_at, ratio = {
         "Q2_K": (80, 14.0, 82, 1.5),
         "Q3_K": (108, 45.0, None, 0.0),
@@ -448,7 +478,11 @@ def _write_safetensors(
     parts = [names[i::shards] for i in range(shards)]
     weight_map = {}
     for number, part in enumerate(parts, 1):
-        name = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if shards == 1
+            else f"model-{number:05d}-of-{shards:05d}.safetensors"
+        )
         content = {key: tensors[key] for key in part}
         if dtype == "BF16":
             _save_bf16(content, folder / name)
@@ -469,7 +503,11 @@ def _save_bf16(tensors: Mapping[str, NDArray[np.float32]], path: Path) -> None:
     offset = 0
     for name, values in tensors.items():
         blob = gguf.quants.quantize(values, gguf.GGMLQuantizationType.BF16).tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(values.shape), "data_offsets": [offset, offset + len(blob)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(values.shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
         offset += len(blob)
         blobs.append(blob)
     text = json.dumps(header).encode()
@@ -491,7 +529,12 @@ def _write_hf_tokenizer(folder: Path, size: int) -> None:
         }
         for i, text in enumerate(SPECIALS)
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     tokenizer = {
         "version": "1.0",
         "truncation": None,

@@ -1,7 +1,7 @@
 """JSON schemas of every protocol type, reduced to what the freeze covers.
 
-``python tests/protocol/golden_schemas.py`` writes a golden file for each type that has none yet, or for
-all of them with ``--all``; do that only for types that are not released.
+``python tests/protocol/golden_schemas.py`` writes a golden file for each type that has none yet, or
+for all of them with ``--all``; do that only for types that are not released.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
-import sagellm_protocol
-
 import sagellm.protocol
+import sagellm_protocol
 
 
 def test_example_of_the_requirement_runs_as_written() -> None:
@@ -48,11 +48,10 @@ def test_alias_exports_the_same_objects() -> None:
 
 
 def test_alias_has_the_same_submodules() -> None:
-    import sagellm_protocol.kv_hooks
-    import sagellm_protocol.types
-
-    assert sagellm_protocol.types.Request is sagellm.protocol.Request
-    assert sagellm_protocol.kv_hooks.KVHandle is sagellm.protocol.KVHandle
+    types = importlib.import_module("sagellm_protocol.types")
+    kv_hooks = importlib.import_module("sagellm_protocol.kv_hooks")
+    assert types.Request is sagellm.protocol.Request
+    assert kv_hooks.KVHandle is sagellm.protocol.KVHandle
 
 
 def test_protocol_loads_nothing_else_of_sagellm() -> None:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location(
-    "golden_schemas", Path(__file__).with_name("golden_schemas.py")
-)
-assert _spec is not None and _spec.loader is not None
-golden_schemas = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(golden_schemas)
+from protocol import golden_schemas
 
 
 def _golden(name: str) -> Any:

@@ -60,7 +60,7 @@ def make_batch(
     chunks: dict[int, tuple[int, int]],
     rows: list[int] | None = None,
 ) -> ForwardBatch:
-    """A step over positions ``begin..end`` of several sequences; by default all rows give logits."""
+    """A step over positions ``begin..end`` of several sequences; by default of all rows."""
     ids = list(chunks)
     starts = np.cumsum([0, *(end - begin for begin, end in chunks.values())])
     for sequence, (_, end) in chunks.items():

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from models.make_tiny import make_tiny_gguf, make_tiny_hf
 from reference.cases import CASES, GOLDEN_COLUMNS, Case, case_tokens, chunked_logits, make_batch
 from reference.transformers_logits import GOLDENS, transformers_logits
-
 from sagellm.backends.interface import ForwardBatch, SamplingRow
 from sagellm.backends.reference import ReferenceRunner
 from sagellm.checkpoint import Checkpoint, RopeConfig, inverse_frequencies, open_checkpoint
@@ -21,7 +21,9 @@ TOLERANCE = 3e-5  # float32, two orders of summation; measured 6e-6
 
 
 def open_case(tmp_path: Path, case: Case) -> Checkpoint:
-    return open_checkpoint(make_tiny_hf(tmp_path / case.arch, case.arch, seed=case.seed, **case.dims))
+    return open_checkpoint(
+        make_tiny_hf(tmp_path / case.arch, case.arch, seed=case.seed, **case.dims)
+    )
 
 
 def golden(name: str) -> Any:
@@ -49,7 +51,9 @@ def test_logits_match_transformers_run_now(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
-def test_a_gguf_file_gives_the_logits_of_the_same_model_in_a_folder(arch: str, tmp_path: Path) -> None:
+def test_a_gguf_file_gives_the_logits_of_the_same_model_in_a_folder(
+    arch: str, tmp_path: Path
+) -> None:
     case = CASES[arch]
     path = make_tiny_gguf(tmp_path / "tiny.gguf", arch, seed=case.seed, **case.dims)
     logits = chunked_logits(ReferenceRunner(open_checkpoint(path)), case_tokens(case), 24)
@@ -89,9 +93,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "change"), CHANGES)
-def test_the_goldens_notice_every_detail(
-    name: str, change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_goldens_notice_every_detail(name: str, change: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = open_case(tmp_path, CASES[name])
     wrong = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **change))
     logits = chunked_logits(ReferenceRunner(wrong), case_tokens(CASES[name]), 24)
@@ -213,7 +215,9 @@ BAD_BATCHES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(c, m) for _, c, m in BAD_BATCHES], ids=[name for name, _, _ in BAD_BATCHES]
+    ("change", "message"),
+    [(c, m) for _, c, m in BAD_BATCHES],
+    ids=[name for name, _, _ in BAD_BATCHES],
 )
 def test_a_batch_that_would_leave_its_blocks_is_refused(
     change: dict[str, Any], message: str, tmp_path: Path

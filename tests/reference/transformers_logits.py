@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from models.make_tiny import make_tiny_hf
 from numpy.typing import NDArray
+
+from models.make_tiny import make_tiny_hf
 from reference.cases import CASES, GOLDEN_COLUMNS, case_tokens
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "reference"

@@ -33,7 +33,11 @@ def sample(logits: Floats, *rows: SamplingRow) -> list[SampledRow]:
             )
         )
     for mine, twin in zip(got, numpy_sampler.sample_rows(logits, rows), strict=True):
-        assert (mine.token_id, mine.error, mine.top_ids) == (twin.token_id, twin.error, twin.top_ids)
+        assert (mine.token_id, mine.error, mine.top_ids) == (
+            twin.token_id,
+            twin.error,
+            twin.top_ids,
+        )
         assert (mine.logprob is None) == (twin.logprob is None)
         if mine.logprob is not None:
             assert mine.logprob == pytest.approx(twin.logprob, abs=1e-6)
@@ -98,10 +102,18 @@ def test_native_equals_the_twin(case: tuple[Floats, list[SamplingRow]]) -> None:
 
 def test_huge_vocabulary() -> None:
     rng = np.random.default_rng(0)
+    choices: list[dict[str, Any]] = [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}]
+    choices.append({"top_k": 5000, "top_p": 0.3})
     for spread in (0.5, 3.0):
         logits = (rng.standard_normal((1, 262144)) * spread).astype(np.float32)
         for seed in range(3):
-            for options in ({}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 5000, "top_p": 0.3}):
+            for options in (
+                {},
+                {"top_k": 50},
+                {"top_p": 0.9},
+                {"min_p": 0.05},
+                {"top_k": 5000, "top_p": 0.3},
+            ):
                 row = SamplingRow(temperature=0.8, seed=seed, num_logprobs=5, **options)
                 assert sample(logits, row)[0].error is None
 
@@ -121,7 +133,13 @@ def test_top_k_keeps_the_lowest_ids_of_a_tie() -> None:
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     logits = np.log(np.float32([0.1, 0.5, 0.15, 0.25]))
-    for top_p, kept in ((1e-9, {1}), (0.5, {1}), (0.51, {1, 3}), (0.76, {1, 2, 3}), (0.95, {0, 1, 2, 3})):
+    for top_p, kept in (
+        (1e-9, {1}),
+        (0.5, {1}),
+        (0.51, {1, 3}),
+        (0.76, {1, 2, 3}),
+        (0.95, {0, 1, 2, 3}),
+    ):
         drawn = {
             sample_one(logits, temperature=1.0, top_p=top_p, seed=s).token_id for s in range(200)
         }

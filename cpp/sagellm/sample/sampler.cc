@@ -14,10 +14,12 @@ namespace {
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kBlock = 16;  // logits tested at once while scanning; a loop over it vectorises
 
-// Candidates lighter than 2^-64 of the heaviest are never drawn: together they weigh less than the rounding of the sum.
+// Candidates lighter than 2^-64 of the heaviest are never drawn: together they weigh less than the
+// rounding of the sum.
 constexpr double kNegligible = -64 * 0.69314718055994531;
 
-/// Order of preference: larger logit, then lower id. A strict total order, so selections have no ties.
+/// Order of preference: larger logit, then lower id. A strict total order, so selections have no
+/// ties.
 bool preferred(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
@@ -27,7 +29,8 @@ bool by_id(const Candidate& a, const Candidate& b) { return a.id < b.id; }
 bool all_finite(const float* x, int64_t n) {
   uint32_t not_finite = 0;
   for (int64_t i = 0; i < n; ++i) {
-    not_finite |= static_cast<uint32_t>((std::bit_cast<uint32_t>(x[i]) & 0x7f800000u) == 0x7f800000u);
+    not_finite |=
+        static_cast<uint32_t>((std::bit_cast<uint32_t>(x[i]) & 0x7f800000u) == 0x7f800000u);
   }
   return not_finite == 0;
 }
@@ -42,7 +45,8 @@ double uniform(uint64_t seed, uint64_t position) {
 }
 
 bool has_penalties(const RowParams& row) {
-  return row.repetition_penalty != 1.f || row.presence_penalty != 0.f || row.frequency_penalty != 0.f;
+  return row.repetition_penalty != 1.f || row.presence_penalty != 0.f ||
+         row.frequency_penalty != 0.f;
 }
 
 /// Steps 1 to 3 on a copy of the logits. Costs O(history), not O(vocab), beyond the copy.
@@ -62,12 +66,14 @@ void adjust(const RowParams& row, Scratch& s) {
     }
     if (i >= row.prompt_length) ++s.counts[id];
   }
-  for (int64_t i = 0; i < row.history_length; ++i) {  // applies each count once and leaves the tables zero again
+  for (int64_t i = 0; i < row.history_length;
+       ++i) {  // applies each count once and leaves the tables zero again
     const auto id = static_cast<size_t>(row.history[i]);
     s.seen[id] = 0;
     if (s.counts[id] > 0) {
-      const double penalty = static_cast<double>(row.presence_penalty) +
-                             static_cast<double>(row.frequency_penalty) * static_cast<double>(s.counts[id]);
+      const double penalty =
+          static_cast<double>(row.presence_penalty) +
+          static_cast<double>(row.frequency_penalty) * static_cast<double>(s.counts[id]);
       x[id] = static_cast<float>(static_cast<double>(x[id]) - penalty);
       s.counts[id] = 0;
     }
@@ -81,8 +87,9 @@ void mask(const uint32_t* allowed, float* x, int64_t vocab) {
   }
 }
 
-/// The k preferred entries (fewer when fewer exceed -inf), in no particular order. One pass: entries above the k-th
-/// best so far are collected, and when 2k are held the lesser half is dropped.
+/// The k preferred entries (fewer when fewer exceed -inf), in no particular order. One pass:
+/// entries above the k-th best so far are collected, and when 2k are held the lesser half is
+/// dropped.
 void select_top_k(const float* x, int64_t vocab, int64_t k, std::vector<Candidate>& out) {
   out.clear();
   const auto keep = static_cast<size_t>(k);
@@ -90,7 +97,8 @@ void select_top_k(const float* x, int64_t vocab, int64_t k, std::vector<Candidat
   float threshold = kNegativeInfinity;
   const auto shrink = [&] {
     if (out.size() <= keep) return;
-    std::nth_element(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(keep) - 1, out.end(), preferred);
+    std::nth_element(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(keep) - 1, out.end(),
+                     preferred);
     out.resize(keep);
     threshold = out[keep - 1].logit;  // a later id must be strictly larger
   };
@@ -122,7 +130,8 @@ void select_above(const float* x, int64_t vocab, float largest, double temperatu
     for (int64_t j = i; j < end; ++j) above += x[j] >= cut;
     if (above == 0) continue;
     for (int64_t j = i; j < end; ++j) {
-      const double scaled = (static_cast<double>(x[j]) - static_cast<double>(largest)) / temperature;
+      const double scaled =
+          (static_cast<double>(x[j]) - static_cast<double>(largest)) / temperature;
       if (scaled >= lowest) out.push_back({0.0, x[j], static_cast<int32_t>(j)});
     }
   }
@@ -134,26 +143,30 @@ double total_weight(const std::vector<Candidate>& candidates) {
   return total;
 }
 
-/// The least preferred member of the smallest preferred set whose weights reach `target` (never empty). Weighted
-/// quickselect: the half that holds the crossing is searched, the other is only summed. Reorders `c`.
+/// The least preferred member of the smallest preferred set whose weights reach `target` (never
+/// empty). Weighted quickselect: the half that holds the crossing is searched, the other is only
+/// summed. Reorders `c`.
 Candidate crossing(std::vector<Candidate>& c, double target) {
   size_t begin = 0, end = c.size();
   double before = 0.0;  // weight of everything preferred to [begin, end)
   while (end - begin > 32) {
     const size_t middle = begin + (end - begin) / 2;
-    Candidate pivot = c[middle];  // median of three: no random numbers, no bad case on ascending or equal logits
+    Candidate pivot =
+        c[middle];  // median of three: no random numbers, no bad case on ascending or equal logits
     Candidate a = c[begin], b = c[end - 1];
     if (preferred(b, a)) std::swap(a, b);
     pivot = preferred(pivot, a) ? a : (preferred(b, pivot) ? b : pivot);
     double weight = 0.0;
     size_t split = begin;
-    for (size_t i = begin; i < end; ++i) {  // to the front: the pivot and everything preferred to it
+    for (size_t i = begin; i < end;
+         ++i) {  // to the front: the pivot and everything preferred to it
       if (!preferred(pivot, c[i])) {
         weight += c[i].weight;
         std::swap(c[i], c[split++]);
       }
     }
-    // The median of three distinct entries is neither the first nor the last, so that both sides shrink.
+    // The median of three distinct entries is neither the first nor the last, so that both sides
+    // shrink.
     if (before + weight >= target) {
       end = split;
     } else {
@@ -161,7 +174,8 @@ Candidate crossing(std::vector<Candidate>& c, double target) {
       begin = split;
     }
   }
-  std::sort(c.begin() + static_cast<std::ptrdiff_t>(begin), c.begin() + static_cast<std::ptrdiff_t>(end), preferred);
+  std::sort(c.begin() + static_cast<std::ptrdiff_t>(begin),
+            c.begin() + static_cast<std::ptrdiff_t>(end), preferred);
   for (size_t i = begin; i < end; ++i) {
     before += c[i].weight;
     if (before >= target) return c[i];
@@ -169,19 +183,23 @@ Candidate crossing(std::vector<Candidate>& c, double target) {
   return c[end - 1];  // by rounding, everything together just misses the target
 }
 
-/// Steps 5 to 7 for temperature > 0: fills s.candidates with the survivors by ascending id and draws one.
+/// Steps 5 to 7 for temperature > 0: fills s.candidates with the survivors by ascending id and
+/// draws one.
 int32_t draw(const float* x, int64_t vocab, float largest, const RowParams& row, Scratch& s) {
   std::vector<Candidate>& candidates = s.candidates;
   if (row.top_k > 0 && row.top_k < vocab) {
     select_top_k(x, vocab, row.top_k, candidates);
     std::sort(candidates.begin(), candidates.end(), by_id);
   } else {
-    // Without top-p nothing needs the total, so that min-p can act at once (a little early: the exact test follows).
-    const double min_p_log = row.top_p >= 1.0 && row.min_p > 0.0 ? std::log(row.min_p) - 1e-9 : kNegligible;
+    // Without top-p nothing needs the total, so that min-p can act at once (a little early: the
+    // exact test follows).
+    const double min_p_log =
+        row.top_p >= 1.0 && row.min_p > 0.0 ? std::log(row.min_p) - 1e-9 : kNegligible;
     select_above(x, vocab, largest, row.temperature, std::max(min_p_log, kNegligible), candidates);
   }
   for (Candidate& c : candidates) {
-    c.weight = std::exp((static_cast<double>(c.logit) - static_cast<double>(largest)) / row.temperature);
+    c.weight =
+        std::exp((static_cast<double>(c.logit) - static_cast<double>(largest)) / row.temperature);
   }
   if (row.top_p < 1.0) {
     s.selection = candidates;
@@ -202,12 +220,13 @@ int32_t draw(const float* x, int64_t vocab, float largest, const RowParams& row,
 }
 
 /// Log-probabilities of the raw logits: of the chosen token and of the most likely ones.
-void report_logprobs(const float* logits, int64_t vocab, const RowParams& row, const kernels::KernelTable& table,
-                     Scratch& s, Result& result) {
+void report_logprobs(const float* logits, int64_t vocab, const RowParams& row,
+                     const kernels::KernelTable& table, Scratch& s, Result& result) {
   float largest = 0.f;
   int32_t index = 0;
   table.argmax(logits, vocab, &largest, &index);
-  const double normalizer = static_cast<double>(largest) + std::log(table.sum_exp(logits, largest, vocab));
+  const double normalizer =
+      static_cast<double>(largest) + std::log(table.sum_exp(logits, largest, vocab));
   const auto logprob = [&](int32_t id) { return static_cast<double>(logits[id]) - normalizer; };
   result.logprob = logprob(result.token_id);
   if (row.num_logprobs == 0) return;
@@ -221,43 +240,51 @@ void report_logprobs(const float* logits, int64_t vocab, const RowParams& row, c
 
 void require_ids(const int32_t* ids, int64_t count, int64_t vocab, const char* name) {
   for (int64_t i = 0; i < count; ++i) {
-    require<InvalidArgument>(ids[i] >= 0 && ids[i] < vocab, name, " holds token id ", ids[i], ", outside [0, ", vocab,
-                             ")");
+    require<InvalidArgument>(ids[i] >= 0 && ids[i] < vocab, name, " holds token id ", ids[i],
+                             ", outside [0, ", vocab, ")");
   }
 }
 
 }  // namespace
 
 void validate(const RowParams& row, int64_t vocab) {
-  require<InvalidArgument>(vocab > 0 && vocab <= std::numeric_limits<int32_t>::max(), "vocab is ", vocab,
-                           ", must be a positive int32");
-  require<InvalidArgument>(std::isfinite(row.temperature) && row.temperature >= 0, "temperature is ", row.temperature,
-                           ", must be finite and >= 0");
-  require<InvalidArgument>(row.top_k >= 0, "top_k is ", row.top_k, ", must be >= 0 (0 turns it off)");
-  require<InvalidArgument>(row.top_p > 0 && row.top_p <= 1, "top_p is ", row.top_p, ", must be in (0, 1]");
-  require<InvalidArgument>(row.min_p >= 0 && row.min_p <= 1, "min_p is ", row.min_p, ", must be in [0, 1]");
+  require<InvalidArgument>(vocab > 0 && vocab <= std::numeric_limits<int32_t>::max(), "vocab is ",
+                           vocab, ", must be a positive int32");
+  require<InvalidArgument>(std::isfinite(row.temperature) && row.temperature >= 0,
+                           "temperature is ", row.temperature, ", must be finite and >= 0");
+  require<InvalidArgument>(row.top_k >= 0, "top_k is ", row.top_k,
+                           ", must be >= 0 (0 turns it off)");
+  require<InvalidArgument>(row.top_p > 0 && row.top_p <= 1, "top_p is ", row.top_p,
+                           ", must be in (0, 1]");
+  require<InvalidArgument>(row.min_p >= 0 && row.min_p <= 1, "min_p is ", row.min_p,
+                           ", must be in [0, 1]");
   require<InvalidArgument>(std::isfinite(row.repetition_penalty) && row.repetition_penalty > 0,
-                           "repetition_penalty is ", row.repetition_penalty, ", must be finite and > 0");
+                           "repetition_penalty is ", row.repetition_penalty,
+                           ", must be finite and > 0");
   require<InvalidArgument>(std::isfinite(row.presence_penalty), "presence_penalty must be finite");
-  require<InvalidArgument>(std::isfinite(row.frequency_penalty), "frequency_penalty must be finite");
-  require<InvalidArgument>(row.num_logprobs >= -1, "num_logprobs is ", row.num_logprobs, ", must be >= -1");
+  require<InvalidArgument>(std::isfinite(row.frequency_penalty),
+                           "frequency_penalty must be finite");
+  require<InvalidArgument>(row.num_logprobs >= -1, "num_logprobs is ", row.num_logprobs,
+                           ", must be >= -1");
   require<InvalidArgument>(row.num_bias >= 0 && row.history_length >= 0 && row.prompt_length >= 0,
                            "lengths must not be negative");
-  require<InvalidArgument>(row.num_bias == 0 || (row.bias_ids != nullptr && row.bias_values != nullptr),
-                           "bias ids and values must both be given");
+  require<InvalidArgument>(
+      row.num_bias == 0 || (row.bias_ids != nullptr && row.bias_values != nullptr),
+      "bias ids and values must both be given");
   require_ids(row.bias_ids, row.num_bias, vocab, "bias_ids");
   for (int64_t i = 0; i < row.num_bias; ++i) {
-    require<InvalidArgument>(std::isfinite(row.bias_values[i]), "the bias of token ", row.bias_ids[i],
-                             " is not finite");
+    require<InvalidArgument>(std::isfinite(row.bias_values[i]), "the bias of token ",
+                             row.bias_ids[i], " is not finite");
   }
   if (has_penalties(row)) {
-    require<InvalidArgument>(row.history != nullptr || row.history_length == 0, "penalties need the token history");
+    require<InvalidArgument>(row.history != nullptr || row.history_length == 0,
+                             "penalties need the token history");
     require_ids(row.history, row.history_length, vocab, "history");
   }
 }
 
-Result sample_row(const float* logits, int64_t vocab, const RowParams& row, const kernels::KernelTable& table,
-                  Scratch& scratch) {
+Result sample_row(const float* logits, int64_t vocab, const RowParams& row,
+                  const kernels::KernelTable& table, Scratch& scratch) {
   validate(row, vocab);
   Result result;
   const auto failed = [&result](const char* why) {
@@ -267,7 +294,8 @@ Result sample_row(const float* logits, int64_t vocab, const RowParams& row, cons
   if (!all_finite(logits, vocab)) return failed("logits are not finite");
 
   const float* x = logits;  // greedy rows without adjustments read the logits in place
-  if (row.num_bias > 0 || row.allowed != nullptr || (has_penalties(row) && row.history_length > 0)) {
+  if (row.num_bias > 0 || row.allowed != nullptr ||
+      (has_penalties(row) && row.history_length > 0)) {
     scratch.logits.assign(logits, logits + vocab);
     adjust(row, scratch);
     if (row.allowed != nullptr) mask(row.allowed, scratch.logits.data(), vocab);

@@ -1,6 +1,7 @@
-// Chooses one token from a row of logits. The rule, in order: bias, repetition, presence and frequency penalties,
-// allowed set, temperature (0: greedy), top-k, top-p, min-p, inverse-CDF draw with a counter-based random number.
-// Python face and full text: sagellm.backends.interface.SamplingRow; NumPy twin: sagellm.backends.numpy_sampler.
+// Chooses one token from a row of logits. The rule, in order: bias, repetition, presence and
+// frequency penalties, allowed set, temperature (0: greedy), top-k, top-p, min-p, inverse-CDF draw
+// with a counter-based random number. Python face and full text:
+// sagellm.backends.interface.SamplingRow; NumPy twin: sagellm.backends.numpy_sampler.
 #pragma once
 
 #include <cstdint>
@@ -59,9 +60,9 @@ struct Scratch {
 /// Throws InvalidArgument, naming the parameter, unless `row` can be applied to `vocab` logits.
 void validate(const RowParams& row, int64_t vocab);
 
-/// Samples from logits[0 .. vocab). Validates `row`. Logits that are not finite give a Result with an error.
-/// Deterministic: depends on the arguments and the instruction set of `table` alone.
-Result sample_row(const float* logits, int64_t vocab, const RowParams& row, const kernels::KernelTable& table,
-                  Scratch& scratch);
+/// Samples from logits[0 .. vocab). Validates `row`. Logits that are not finite give a Result with
+/// an error. Deterministic: depends on the arguments and the instruction set of `table` alone.
+Result sample_row(const float* logits, int64_t vocab, const RowParams& row,
+                  const kernels::KernelTable& table, Scratch& scratch);
 
 }  // namespace sagellm::sample

@@ -33,9 +33,13 @@ class ArrayOps:
             DeviceUnavailableError: torch is absent or cannot use the device.
         """
         if namespace not in ("numpy", "torch"):
-            raise InvalidArgumentError(f"unknown array namespace {namespace!r}; use 'numpy' or 'torch'")
+            raise InvalidArgumentError(
+                f"unknown array namespace {namespace!r}; use 'numpy' or 'torch'"
+            )
         if namespace == "numpy" and device not in (None, "cpu"):
-            raise InvalidArgumentError(f"NumPy runs on 'cpu' only, not on {device!r}; use torch for devices")
+            raise InvalidArgumentError(
+                f"NumPy runs on 'cpu' only, not on {device!r}; use torch for devices"
+            )
         self.device = device or "cpu"
         self._namespace = namespace
         if namespace == "torch":
@@ -75,7 +79,7 @@ class ArrayOps:
         return y if bias is None else y + bias
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Rotates ``x [n, heads, head_dim]`` by ``cos, sin [n, dim / 2]``: value i pairs with i + dim/2."""
+        """Rotates ``x [n, heads, head_dim]`` by ``cos, sin [n, dim/2]``; i pairs with i + dim/2."""
         half = cos.shape[-1]
         cos, sin = cos[:, None, :], sin[:, None, :]
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -108,11 +112,14 @@ def _import_torch(device: str) -> Any:
             importlib.import_module("torch_npu")  # registers the device
     except ImportError as error:
         raise DeviceUnavailableError(
-            f"{error.name} is not installed; pip install 'sagellm[torch]' (and torch_npu for Ascend)"
+            f"{error.name} is not installed; pip install 'sagellm[torch]' (and torch_npu for "
+            "Ascend)"
         ) from error
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise DeviceUnavailableError(f"torch device {device!r} cannot run here: {reason}") from error
+        raise DeviceUnavailableError(
+            f"torch device {device!r} cannot run here: {reason}"
+        ) from error
     return torch

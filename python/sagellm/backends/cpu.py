@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from sagellm.backends.interface import ForwardBatch, SampledRow, SamplingRow, StepOutput
 from sagellm.checkpoint.rope import inverse_frequencies
-from sagellm.errors import DeviceUnavailableError, InvalidArgumentError
+from sagellm.errors import InvalidArgumentError
 from sagellm.kv import create_kv_cache, plan_kv_groups
+from sagellm.native import load_core
 
 if TYPE_CHECKING:
-    from sagellm import _core
+    from types import ModuleType
+
     from sagellm.checkpoint import Checkpoint
     from sagellm.checkpoint.config import ModelConfig, RopeConfig
     from sagellm.kv.interface import KvCache, KvGroup
@@ -52,20 +54,13 @@ class CpuRunner:
         precision: Precision = "a8",
         isa: str | None = None,
     ) -> None:
-        try:
-            from sagellm import _core
-        except ImportError as error:
-            raise DeviceUnavailableError(
-                f"the native core is not installed ({error}); reinstall without SAGE_SKIP_C_EXTENSIONS, or choose "
-                "device 'reference'"
-            ) from None
         if precision not in ("a8", "a15"):
             raise InvalidArgumentError(f"precision is {precision!r}; choose 'a8' or 'a15'")
-        self._core = _core
+        self._core = load_core()
         self._config = checkpoint.config
         self._groups = plan_kv_groups(checkpoint.config.layer_windows)
-        self._decoder = _core.model.Decoder(
-            _native_config(checkpoint.config, self._groups),
+        self._decoder = self._core.model.Decoder(
+            _native_config(self._core, checkpoint.config, self._groups),
             [
                 (name, checkpoint.files[s.file], s.tensor, s.unpermute_heads, s.add_one)
                 for name, s in checkpoint.sources.items()
@@ -181,10 +176,8 @@ def _sampled(rows: Iterable[_NativeRow]) -> Iterable[SampledRow]:
         )
 
 
-def _native_config(config: ModelConfig, groups: tuple[KvGroup, ...]) -> _core.model.ModelConfig:
-    from sagellm import _core
-
-    native = _core.model.ModelConfig()
+def _native_config(core: ModuleType, config: ModelConfig, groups: tuple[KvGroup, ...]) -> Any:
+    native = core.model.ModelConfig()
     for name in (
         "vocab_size",
         "hidden_size",

@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from sagellm.backends.cpu import CpuRunner
+from sagellm.backends.reference import ReferenceRunner
 from sagellm.errors import DeviceUnavailableError, InvalidArgumentError
+from sagellm.native import load_core
 
 if TYPE_CHECKING:
     from sagellm.backends.interface import ModelRunner
@@ -80,11 +86,7 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
     chosen = select_device(device)
     given = {name: value for name, value in options.items() if value is not None}
     if chosen == "cpu":
-        from sagellm.backends.cpu import CpuRunner
-
         return CpuRunner(checkpoint, **given)
-    from sagellm.backends.reference import ReferenceRunner
-
     for name in ("threads", "max_batch_tokens"):  # limits of the native core; NumPy has its own
         given.pop(name, None)
     if given:
@@ -102,32 +104,24 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
 
 def _probe_cpu() -> DeviceStatus:
     try:
-        from sagellm import _core
-    except ImportError as error:
-        return DeviceStatus(
-            name="cpu",
-            available=False,
-            reason=f"the native core is not installed ({error}); reinstall without SAGE_SKIP_C_EXTENSIONS",
-        )
-    isa = _core.kernels.selected_isa()
-    failure = _self_test()
+        core = load_core()
+    except DeviceUnavailableError as error:
+        return DeviceStatus(name="cpu", available=False, reason=str(error))
+    isa = core.kernels.selected_isa()
+    failure = _self_test(core, isa)
     if failure:
         return DeviceStatus(name="cpu", available=False, reason=f"self-test failed: {failure}")
     return DeviceStatus(name="cpu", available=True, reason=f"native kernels, {isa}")
 
 
-def _self_test() -> str | None:
+def _self_test(core: ModuleType, isa: str) -> str | None:
     """Multiplies a small Q8_0 matrix on the selected kernels; returns what is wrong, or None."""
-    import numpy as np
-
-    from sagellm import _core
-
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((16, 64), dtype=np.float32)
     x = rng.standard_normal((3, 64), dtype=np.float32)
-    raw = _core.quant.quantize("Q8_0", weights)
-    packed = _core.quant.pack("Q8_0", raw, 16, 64)
-    got = _core.kernels.matmul(_core.kernels.selected_isa(), packed, x, precision="a15")
+    raw = core.quant.quantize("Q8_0", weights)
+    packed = core.quant.pack("Q8_0", raw, 16, 64)
+    got = core.kernels.matmul(isa, packed, x, precision="a15")
     error = float(np.abs(got - x @ weights.T).max())
     return None if error < 0.2 else f"matmul differs from NumPy by {error:.3g}"
 

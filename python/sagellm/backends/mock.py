@@ -1,9 +1,9 @@
 """A deterministic model without weights, for tests of everything above a backend.
 
 The mock has real pages: a step writes every token with its position to its slot through the block
-tables, and reads the visible past of each sampling row back through them. The logits are a hash of what
-it reads. So a wrong block table, a lost copy, a block given away too early or a stale page changes the
-output or raises, and a request's output depends on its own tokens alone.
+tables, and reads the visible past of each sampling row back through them. The logits are a hash of
+what it reads. So a wrong block table, a lost copy, a block given away too early or a stale page
+changes the output or raises, and a request's output depends on its own tokens alone.
 """
 
 from __future__ import annotations
@@ -191,7 +191,9 @@ class MockRunner:
                 if 0 in own:
                     raise RuntimeError(f"sequence {s} writes to the padding block")
                 if own & written:
-                    raise RuntimeError(f"sequence {s} writes to a block of another: {own & written}")
+                    raise RuntimeError(
+                        f"sequence {s} writes to a block of another: {own & written}"
+                    )
                 written |= own
                 slots = positions % self._block_size
                 self._pages[blocks, slots, 0] = batch.token_ids[tokens].astype(np.int64) + 1
@@ -209,7 +211,7 @@ class MockRunner:
                 raise RuntimeError(f"the page of a position before {position} was lost")
             digest = _mix(digest + _mix(seen.astype(np.uint64) @ _WEIGHTS).sum(dtype=np.uint64))
         noise = _mix(digest + _IDS * _GOLDEN) >> np.uint64(40)
-        return (noise.astype(np.float32) * np.float32(8.0 / (1 << 24))).astype(np.float32)
+        return np.asarray(noise * (8.0 / (1 << 24)), dtype=np.float32)
 
 
 _WEIGHTS = np.array([0x2545F4914F6CDD1D, 0xD6E8FEB86659FD93], dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""The sampling rule of `SamplingRow` in plain NumPy: the oracle of the native sampler and its stand-in without it."""
+"""The sampling rule of `SamplingRow` in NumPy: oracle of the native sampler, and its stand-in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """Random number in [0, 1): output number ``position`` of a splitmix64 stream that starts at ``seed``."""
+    """Returns a number in [0, 1): output ``position`` of the splitmix64 stream of ``seed``."""
     z = (seed + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -22,9 +22,7 @@ def uniform(seed: int, position: int) -> float:
     return (z >> 11) * 2.0**-53
 
 
-def sample_rows(
-    logits: NDArray[np.float32], rows: Sequence[SamplingRow]
-) -> tuple[SampledRow, ...]:
+def sample_rows(logits: NDArray[np.float32], rows: Sequence[SamplingRow]) -> tuple[SampledRow, ...]:
     """Chooses one token per row.
 
     Args:
@@ -32,7 +30,8 @@ def sample_rows(
         rows: One rule per row of logits.
 
     Returns:
-        One SampledRow per row; a row whose logits are not finite, or that allows no token, carries an ``error``.
+        One SampledRow per row; one whose logits are not finite, or that allows no token, carries
+        an ``error``.
 
     Raises:
         InvalidArgumentError: The shapes disagree, or a parameter is outside its range.

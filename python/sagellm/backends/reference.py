@@ -1,14 +1,15 @@
 """The dense decoder written once, plainly, over the array API.
 
-It is the oracle of the tests, the mode without a build, and the way onto devices that have torch but no
-kernels of ours. Weights and activations are float32; keys and values live in paged arrays that the same
-block tables address as the native core's.
+It is the oracle of the tests, the mode without a build, and the way onto devices that have torch
+but no kernels of ours. Weights and activations are float32; keys and values live in paged arrays
+that the same block tables address as the native core's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ _QUERY_TILE = 256  # query tokens scored at once; bounds the score matrix
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """One layer: its weights by canonical suffix, its view of the context and its place in the KV arrays."""
+    """A layer's weights by canonical suffix, its window, and its place in the KV arrays."""
 
     weights: Mapping[str, Array]
     window: int
@@ -63,10 +64,13 @@ class ReferenceRunner:
         self._groups = plan_kv_groups(self._config.layer_windows)
         self._num_slots = max(len(group.layers) for group in self._groups)
         try:
-            weights = {name: self._ops.array(checkpoint.load_f32(name)) for name in checkpoint.sources}
+            weights = {
+                name: self._ops.array(checkpoint.load_f32(name)) for name in checkpoint.sources
+            }
         except MemoryError as error:
             raise ResourceExhaustedError(
-                f"the weights need {4 * checkpoint.num_parameters >> 20} MiB as float32, more than is free; "
+                f"the weights need {4 * checkpoint.num_parameters >> 20} MiB as float32, more "
+                "than is free; "
                 "use a smaller model or the native backend"
             ) from error
         self._memory = {"weights": 4 * checkpoint.num_parameters, "kv": 0, "workspace": 0}
@@ -102,7 +106,9 @@ class ReferenceRunner:
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one KV block of ``block_size`` tokens (float32)."""
-        return 2 * 4 * block_size * self._num_slots * self._config.num_kv_heads * self._config.head_dim
+        return (
+            2 * 4 * block_size * self._num_slots * self._config.num_kv_heads * self._config.head_dim
+        )
 
     def allocate_kv(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
@@ -128,7 +134,8 @@ class ReferenceRunner:
             self._keys, self._values = self._ops.zeros(shape), self._ops.zeros(shape)
         except (MemoryError, RuntimeError) as error:
             raise ResourceExhaustedError(
-                f"{num_blocks} KV blocks need {nbytes >> 20} MiB, more than is free; lower the KV memory budget"
+                f"{num_blocks} KV blocks need {nbytes >> 20} MiB, more than is free; lower the KV "
+                "memory budget"
             ) from error
         self._block_size, self._num_blocks = block_size, num_blocks
         self._memory["kv"] = nbytes
@@ -232,13 +239,18 @@ class ReferenceRunner:
             table = batch.block_tables[layer.group, s]
             for first in range(begin, end, _QUERY_TILE):
                 last = min(first + _QUERY_TILE, end)
-                pieces.append(self._attend(q[first:last], batch.positions[first:last], table, layer))
+                pieces.append(
+                    self._attend(q[first:last], batch.positions[first:last], table, layer)
+                )
         return ops.linear(ops.xp.concat(pieces, axis=0), w["o"])
 
     def _attend(
         self, q: Array, positions: NDArray[np.int32], table: NDArray[np.int32], layer: _Layer
     ) -> Array:
-        """Attention of consecutive tokens of one sequence: ``q [n, heads, head_dim]`` to ``[n, heads * head_dim]``."""
+        """Attention of consecutive tokens of one sequence.
+
+        ``q [n, heads, head_dim]`` becomes ``[n, heads * head_dim]``.
+        """
         ops, xp, config = self._ops, self._ops.xp, self._config
         n, kv_heads, dim = q.shape[0], config.num_kv_heads, config.head_dim
         group = config.num_heads // kv_heads
@@ -249,8 +261,11 @@ class ReferenceRunner:
             visible &= seen > positions[:, None] - layer.window
         place = (ops.indices(table[seen // self._block_size]), ops.indices(seen % self._block_size))
         keys = xp.permute_dims(self._keys[layer.slot][place], (1, 2, 0))  # [kv_heads, dim, seen]
-        values = xp.permute_dims(self._values[layer.slot][place], (1, 0, 2))  # [kv_heads, seen, dim]
-        # Query head h reads kv head h // group: rows of one kv head are its group's heads, then tokens.
+        values = xp.permute_dims(
+            self._values[layer.slot][place], (1, 0, 2)
+        )  # [kv_heads, seen, dim]
+        # Query head h reads kv head h // group: rows of one kv head are its group's heads, then
+        # tokens.
         q = xp.reshape(xp.permute_dims(q, (1, 0, 2)), (kv_heads, group * n, dim))
         scores = ops.softcap(q @ keys * config.attention_scale, config.attention_softcap)
         scores = xp.reshape(scores, (kv_heads, group, n, len(seen)))
@@ -260,7 +275,7 @@ class ReferenceRunner:
         return xp.reshape(out, (n, config.num_heads * dim))
 
     def _rotation(self, rope: RopeConfig, positions: NDArray[np.int32]) -> tuple[Array, Array]:
-        """cos and sin ``[T, dim / 2]``, angles in float64."""
+        """Cos and sin ``[T, dim / 2]``, angles in float64."""
         inv_freq, factor = inverse_frequencies(rope)
         angles = positions[:, None].astype(np.float64) * inv_freq
         cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
@@ -292,14 +307,28 @@ class ReferenceRunner:
             steps = np.diff(batch.positions[begin:end])
             _require(bool((steps == 1).all()), "positions are not consecutive within a sequence")
         _require(_within(batch.token_ids, self._config.vocab_size), "a token id is out of range")
-        _require(tables.shape[:2] == (len(self._groups), len(starts) - 1), "block_tables have the wrong shape")
-        _require(_within(tables, blocks) and _within(batch.block_copies, blocks), "a block id is out of range")
+        _require(
+            tables.shape[:2] == (len(self._groups), len(starts) - 1),
+            "block_tables have the wrong shape",
+        )
+        _require(
+            _within(tables, blocks) and _within(batch.block_copies, blocks),
+            "a block id is out of range",
+        )
         limit = min(tables.shape[2] * self._block_size, self._config.max_position)
-        _require(_within(batch.positions, limit), "a position is past its block table or the model's context")
+        _require(
+            _within(batch.positions, limit),
+            "a position is past its block table or the model's context",
+        )
         blocks_used = [self._blocks_of(batch, table) for table in tables]
-        _require(all(bool((ids > 0).all()) for ids in blocks_used), "a token has no block to be written to")
+        _require(
+            all(bool((ids > 0).all()) for ids in blocks_used),
+            "a token has no block to be written to",
+        )
         _require(_within(batch.logit_rows, tokens), "a logit row is out of range")
-        _require(len(sampling) in (0, len(batch.logit_rows)), "sampling rows do not match the logit rows")
+        _require(
+            len(sampling) in (0, len(batch.logit_rows)), "sampling rows do not match the logit rows"
+        )
 
 
 def _distinct_ropes(config: ModelConfig) -> tuple[RopeConfig, ...]:
@@ -309,7 +338,7 @@ def _distinct_ropes(config: ModelConfig) -> tuple[RopeConfig, ...]:
 def _spans(batch: ForwardBatch) -> list[tuple[int, int]]:
     """Begin and end of every sequence's tokens."""
     starts = batch.query_starts.tolist()
-    return list(zip(starts, starts[1:], strict=False))
+    return list(pairwise(starts))
 
 
 def _within(values: NDArray[np.int32], limit: int) -> bool:

@@ -9,9 +9,12 @@ from typing import Annotated
 
 import typer
 
+from sagellm.bench import kernels as kernel_bench
+from sagellm.bench import kv as kv_bench
 from sagellm.bench import offline as offline_bench
 from sagellm.checkpoint.store import resolve_model
 from sagellm.errors import InvalidArgumentError
+from sagellm.native import load_core
 
 app = typer.Typer(
     help="Measures this machine. Close other programs first; every figure comes with the memory bandwidth of the run.",
@@ -68,8 +71,6 @@ def kernels(
     as_json: Json = False,
 ) -> None:
     """Matmul kernels alone, on one thread."""
-    from sagellm.bench import kernels as kernel_bench
-
     with _profiled(profile):
         results = kernel_bench.run(
             rows=rows,
@@ -88,8 +89,6 @@ def kv(
     as_json: Json = False,
 ) -> None:
     """KV block allocation and the prefix index."""
-    from sagellm.bench import kv as kv_bench
-
     kv_bench.show(kv_bench.run(num_blocks=blocks), as_json=as_json)
 
 
@@ -98,15 +97,14 @@ def _profiled(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    from sagellm import _core
-
-    if not _core.profiler.available:
+    profiler = load_core().profiler
+    if not profiler.available:
         raise InvalidArgumentError(
             "this build has no profiler; install gperftools (libgoogle-perftools-dev) and reinstall with "
             "SAGE_ENABLE_GPERFTOOLS=1"
         )
-    _core.profiler.start(str(path))
+    profiler.start(str(path))
     try:
         yield
     finally:
-        _core.profiler.stop()
+        profiler.stop()

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from sagellm import _core
 from sagellm.bench import report
+from sagellm.native import load_core
 
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32")
 
@@ -42,17 +42,18 @@ def run(
     repeat: int,
 ) -> list[KernelResult]:
     """Times ``W[rows, columns] @ x`` on one thread for every format and number of tokens."""
-    isa = _core.kernels.selected_isa()
+    core = load_core()
+    isa = core.kernels.selected_isa()
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((rows, columns), dtype=np.float32)
     results: list[KernelResult] = []
     with report.progress() as bar:
         task = bar.add_task("kernels", total=len(formats) * len(tokens))
         for name in formats:
-            packed = _core.quant.pack(name, _core.quant.quantize(name, weights), rows, columns)
+            packed = core.quant.pack(name, core.quant.quantize(name, weights), rows, columns)
             for count in tokens:
-                probe = _core.runtime.read_bandwidth(1, max(packed.nbytes, 1 << 20), 3)
-                seconds = _core.kernels.benchmark_matmul(isa, packed, count, repeat, precision)
+                probe = core.runtime.read_bandwidth(1, max(packed.nbytes, 1 << 20), 3)
+                seconds = core.kernels.benchmark_matmul(isa, packed, count, repeat, precision)
                 results.append(
                     KernelResult(
                         format=name,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sagellm import _core
 from sagellm.bench import report
+from sagellm.native import load_core
 
 
 def run(*, num_blocks: int) -> dict[str, Any]:
     """Nanoseconds per block of allocate + free, and of the prefix path (hash, match, publish, free)."""
-    return dict(_core.kv.benchmark(num_blocks))
+    return dict(load_core().kv.benchmark(num_blocks))
 
 
 def show(result: dict[str, Any], *, as_json: bool) -> None:

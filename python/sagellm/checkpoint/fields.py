@@ -20,7 +20,7 @@ class Fields:
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
-        """Wraps ``values``; ``source`` names the file in messages, ``prefix`` is put before every key."""
+        """Wraps ``values``; messages name ``source``, and ``prefix`` precedes every key."""
         self._values = values
         self._source = source
         self._prefix = prefix
@@ -38,8 +38,10 @@ class Fields:
             raise CorruptFileError(f"{self._source}: {self._prefix}{key} is missing")
         return default
 
-    def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = 1 << 24) -> int:
-        """A whole number in ``low..high``. An array of equal numbers counts as one (per-layer GGUF keys)."""
+    def integer(
+        self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = 1 << 24
+    ) -> int:
+        """A whole number in ``low..high``; an array of equal ones counts (per-layer GGUF keys)."""
         value = self.value(key, default)
         if isinstance(value, np.ndarray) and value.size and bool((value == value.flat[0]).all()):
             value = value.flat[0].item()

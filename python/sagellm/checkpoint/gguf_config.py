@@ -14,7 +14,8 @@ from sagellm.errors import CorruptFileError, UnsupportedError
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 MAX_LAYERS = 1024
 
-# The 27B Gemma models scale attention by the width of a head in the residual stream, not by head_dim.
+# The 27B Gemma models scale attention by the width of a head in the residual stream, not by
+# head_dim.
 # GGUF files do not say so; the number of layers tells.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
@@ -61,10 +62,14 @@ def config_from_gguf(file: TensorFile, source: str) -> ModelConfig:
             + ", ".join(SUPPORTED_ARCHITECTURES)
         )
     if general.integer("split.count", 1, low=0) > 1:
-        raise UnsupportedError(f"{source}: one part of a split GGUF; merge the parts into one file first")
+        raise UnsupportedError(
+            f"{source}: one part of a split GGUF; merge the parts into one file first"
+        )
     keys = Fields(file.metadata, source, prefix=f"{architecture}.")
     if keys.integer("expert_count", 0, low=0):
-        raise UnsupportedError(f"{source}: mixture-of-experts models are not supported; use a dense one")
+        raise UnsupportedError(
+            f"{source}: mixture-of-experts models are not supported; use a dense one"
+        )
     hidden = keys.integer("embedding_length")
     num_layers = keys.integer("block_count", high=MAX_LAYERS)
     num_heads = keys.integer("attention.head_count")
@@ -88,7 +93,9 @@ def config_from_gguf(file: TensorFile, source: str) -> ModelConfig:
         rope=_rope(file, keys, architecture, head_dim, source),
         rope_local=_rope_local(keys, head_dim) if architecture == "gemma3" else None,
         layer_windows=windows,
-        attention_scale=_attention_scale(keys, architecture, num_layers, hidden, num_heads, head_dim),
+        attention_scale=_attention_scale(
+            keys, architecture, num_layers, hidden, num_heads, head_dim
+        ),
         attention_softcap=_softcap(keys, architecture, "attn_logit_softcapping", 50.0),
         final_softcap=_softcap(keys, architecture, "final_logit_softcapping", 30.0),
         activation="gelu_tanh" if gemma else "silu",
@@ -101,7 +108,7 @@ def config_from_gguf(file: TensorFile, source: str) -> ModelConfig:
 
 
 def gguf_quantization(file: TensorFile) -> str:
-    """A short name such as ``Q4_K_M``: the file's own, else the format that holds most of the bytes."""
+    """A name such as ``Q4_K_M``: the file's own, else the format that holds most of the bytes."""
     name = _FILE_TYPES.get(file.metadata.get("general.file_type", -1))
     return name if name is not None else main_format([file])
 
@@ -118,7 +125,9 @@ def main_format(files: list[TensorFile]) -> str:
 def _vocab_size(file: TensorFile, source: str) -> int:
     """Rows of the embedding: at least the number of tokens, more where the vocabulary is padded."""
     if "token_embd.weight" not in file.tensors:
-        raise CorruptFileError(f"{source}: tensor token_embd.weight is missing; the file is incomplete")
+        raise CorruptFileError(
+            f"{source}: tensor token_embd.weight is missing; the file is incomplete"
+        )
     rows = file.tensors["token_embd.weight"].shape[0]
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if tokens is not None and len(tokens) > rows:
@@ -139,7 +148,9 @@ def _layer_windows(keys: Fields, architecture: str, num_layers: int) -> tuple[in
         if not isinstance(stored, int):  # one flag per layer
             flags = [bool(flag) for flag in stored]
             if len(flags) != num_layers:
-                raise CorruptFileError(f"{len(flags)} sliding_window_pattern flags for {num_layers} layers")
+                raise CorruptFileError(
+                    f"{len(flags)} sliding_window_pattern flags for {num_layers} layers"
+                )
             return tuple(window if flag else 0 for flag in flags)
         pattern = keys.integer("attention.sliding_window_pattern")
     return pattern_windows(window, pattern, num_layers)
@@ -169,10 +180,14 @@ def _rope_local(keys: Fields, head_dim: int) -> RopeConfig:
     return RopeConfig(theta=keys.positive("rope.freq_base_swa", 10000.0), dim=head_dim)
 
 
-def _rope(file: TensorFile, keys: Fields, architecture: str, head_dim: int, source: str) -> RopeConfig:
+def _rope(
+    file: TensorFile, keys: Fields, architecture: str, head_dim: int, source: str
+) -> RopeConfig:
     dim = keys.integer("rope.dimension_count", head_dim, high=head_dim)
     if architecture == "llama" and dim != head_dim:
-        raise UnsupportedError(f"{source}: rotation of {dim} of {head_dim} values per head is not supported")
+        raise UnsupportedError(
+            f"{source}: rotation of {dim} of {head_dim} values per head is not supported"
+        )
     theta = keys.positive("rope.freq_base", 1e6 if architecture == "gemma3" else 10000.0)
     factors: tuple[float, ...] = ()
     if "rope_freqs.weight" in file.tensors:
@@ -187,16 +202,22 @@ def _rope(file: TensorFile, keys: Fields, architecture: str, head_dim: int, sour
     if kind == "linear":
         return RopeConfig(theta=theta, dim=dim, kind="linear", factor=factor, freq_factors=factors)
     if kind == "yarn":
-        magnitude = keys.positive("rope.scaling.yarn_attn_factor", keys.positive("rope.scaling.attn_factor", 1.0))
+        magnitude = keys.positive(
+            "rope.scaling.yarn_attn_factor", keys.positive("rope.scaling.attn_factor", 1.0)
+        )
         return RopeConfig(
             theta=theta,
             dim=dim,
             kind="yarn",
             factor=factor,
-            original_max_position=keys.integer("rope.scaling.original_context_length", high=1 << 31),
+            original_max_position=keys.integer(
+                "rope.scaling.original_context_length", high=1 << 31
+            ),
             beta_fast=keys.positive("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.positive("rope.scaling.yarn_beta_slow", 1.0),
             attention_factor=magnitude * yarn_attention_factor(factor),
             freq_factors=factors,
         )
-    raise UnsupportedError(f"{source}: rope scaling {kind!r} is not supported; supported: none, linear, yarn")
+    raise UnsupportedError(
+        f"{source}: rope scaling {kind!r} is not supported; supported: none, linear, yarn"
+    )

@@ -1,4 +1,4 @@
-"""A GGUF reader in Python. The native reader has the same face and is preferred; this one needs no build.
+"""A GGUF reader in Python, for installs without the native one, whose face it has.
 
 The file is untrusted: every count, length and offset is checked against the file's size before use.
 """
@@ -68,7 +68,7 @@ class _Cursor:
     """Bounded little-endian reads over a mapped file."""
 
     def __init__(self, buffer: NDArray[np.uint8], name: str) -> None:
-        self._bytes = memoryview(buffer)
+        self._bytes = buffer.data
         self._name = name
         self.position = 0
 
@@ -151,7 +151,8 @@ class PyGgufFile:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             reason = "big-endian files" if swapped in _VERSIONS else f"version {version}"
             raise UnsupportedError(
-                f"{self.path.name}: GGUF {reason} cannot be read; supported: little-endian, versions 2 and 3"
+                f"{self.path.name}: GGUF {reason} cannot be read; supported: little-endian, "
+                "versions 2 and 3"
             )
         num_tensors, num_keys = cursor.u64(), cursor.u64()
         if num_tensors > _MAX_TENSORS or num_keys > _MAX_KEYS:
@@ -180,10 +181,14 @@ class PyGgufFile:
         kind, count = cursor.u32(), cursor.u64()
         if kind == _STRING:
             if count > cursor.remaining // 8:  # every string has an 8-byte length
-                raise CorruptFileError(f"{self.path.name}: {key} claims {count} strings past the file's end")
+                raise CorruptFileError(
+                    f"{self.path.name}: {key} claims {count} strings past the file's end"
+                )
             return [cursor.string() for _ in range(count)]
         if kind == _ARRAY:
-            raise UnsupportedError(f"{self.path.name}: {key} is an array of arrays, which no supported model uses")
+            raise UnsupportedError(
+                f"{self.path.name}: {key} is an array of arrays, which no supported model uses"
+            )
         dtype = self._scalar_dtype(key, kind)
         values = np.frombuffer(cursor.take(count * dtype.itemsize), dtype)
         return values.astype(bool) if kind == _BOOL else values
@@ -197,12 +202,16 @@ class PyGgufFile:
         entries = [self._read_tensor(cursor) for _ in range(count)]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise CorruptFileError(f"{self.path.name}: general.alignment {alignment} is not a power of two")
+            raise CorruptFileError(
+                f"{self.path.name}: general.alignment {alignment} is not a power of two"
+            )
         start = -(-cursor.position // alignment) * alignment
         for name, format, shape, offset in entries:
             nbytes = tensor_nbytes(name, format, shape)
             if offset % alignment:
-                raise CorruptFileError(f"{self.path.name}: tensor {name} is not aligned to {alignment} bytes")
+                raise CorruptFileError(
+                    f"{self.path.name}: tensor {name} is not aligned to {alignment} bytes"
+                )
             if start + offset + nbytes > len(self._buffer):
                 raise CorruptFileError(
                     f"{self.path.name}: tensor {name} ends at byte {start + offset + nbytes} of "
@@ -221,10 +230,13 @@ class PyGgufFile:
             raise CorruptFileError(f"{self.path.name}: tensor {name} has {num_axes} dimensions")
         axes = [cursor.u64() for _ in range(num_axes)]  # innermost first
         if any(not 0 < size <= _MAX_AXIS for size in axes):
-            raise CorruptFileError(f"{self.path.name}: tensor {name} has the impossible axes {axes}")
+            raise CorruptFileError(
+                f"{self.path.name}: tensor {name} has the impossible axes {axes}"
+            )
         kind, offset = cursor.u32(), cursor.u64()
         if kind not in _FORMATS:
             raise UnsupportedError(
-                f"{self.path.name}: tensor {name} has the unknown GGUF type {kind}; supported: {', '.join(BLOCKS)}"
+                f"{self.path.name}: tensor {name} has the unknown GGUF type {kind}; supported: "
+                f"{', '.join(BLOCKS)}"
             )
         return name, _FORMATS[kind], tuple(reversed(axes)), offset

@@ -29,7 +29,8 @@ def config_from_hf(values: Mapping[str, Any], source: str, *, has_lm_head: bool)
     Args:
         values: Content of ``config.json``.
         source: Name of the folder, for messages.
-        has_lm_head: The checkpoint stores an output head; decides where ``tie_word_embeddings`` is absent.
+        has_lm_head: The checkpoint stores an output head; decides where ``tie_word_embeddings`` is
+            absent.
 
     Raises:
         CorruptFileError: Settings are missing or impossible.
@@ -39,7 +40,8 @@ def config_from_hf(values: Mapping[str, Any], source: str, *, has_lm_head: bool)
     model_type = fields.text("model_type")
     if model_type not in MODEL_TYPES:
         raise UnsupportedError(
-            f"{source}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
+            f"{source}: model_type {model_type!r} is not supported; supported: "
+            f"{', '.join(MODEL_TYPES)}"
         )
     _refuse_variants(fields, model_type, source)
     architecture = MODEL_TYPES[model_type]
@@ -82,7 +84,8 @@ def _refuse_variants(fields: Fields, model_type: str, source: str) -> None:
     """Raises for settings that would change the arithmetic in a way that is not covered."""
     if fields.has("quantization_config"):
         raise UnsupportedError(
-            f"{source}: quantized Hugging Face checkpoints are not supported; use the F32, F16 or BF16 "
+            f"{source}: quantized Hugging Face checkpoints are not supported; use the F32, F16 or "
+            "BF16 "
             "checkpoint or a quantized GGUF file"
         )
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
@@ -100,31 +103,41 @@ def _refuse_variants(fields: Fields, model_type: str, source: str) -> None:
 def _softcap(
     fields: Fields, values: Mapping[str, Any], architecture: str, key: str, gemma2_default: float
 ) -> float:
-    """A cap of 0 is none; so is an explicit null. Gemma 2 has caps unless its file says otherwise."""
+    """A cap; 0 and an explicit null are none. Gemma 2 has caps unless its file says otherwise."""
     default = gemma2_default if architecture == "gemma2" and key not in values else 0.0
     return fields.number(key, default)
 
 
-def _layer_windows(fields: Fields, model_type: str, num_layers: int, source: str) -> tuple[int, ...]:
+def _layer_windows(
+    fields: Fields, model_type: str, num_layers: int, source: str
+) -> tuple[int, ...]:
     """Windows by layer: from ``layer_types``, else from the rule of the model type."""
     window = fields.integer("sliding_window", 0, low=0, high=1 << 31)
     if fields.has("layer_types"):
         kinds = fields.value("layer_types")
         known = ("full_attention", "sliding_attention")
         if not isinstance(kinds, list) or len(kinds) != num_layers:
-            raise CorruptFileError(f"{source}/config.json: layer_types does not name {num_layers} layers")
+            raise CorruptFileError(
+                f"{source}/config.json: layer_types does not name {num_layers} layers"
+            )
         for kind in kinds:
             if kind not in known:
-                raise UnsupportedError(f"{source}: layer type {kind!r}; supported: {', '.join(known)}")
+                raise UnsupportedError(
+                    f"{source}: layer type {kind!r}; supported: {', '.join(known)}"
+                )
             if kind == "sliding_attention" and window == 0:
-                raise CorruptFileError(f"{source}/config.json: sliding layers but no sliding_window")
+                raise CorruptFileError(
+                    f"{source}/config.json: sliding layers but no sliding_window"
+                )
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     if model_type == "mistral":
         return (window,) * num_layers
     if model_type == "gemma2":
         return pattern_windows(window or 4096, 2, num_layers)
     if model_type == "gemma3_text":
-        return pattern_windows(window or 4096, fields.integer("sliding_window_pattern", 6), num_layers)
+        return pattern_windows(
+            window or 4096, fields.integer("sliding_window_pattern", 6), num_layers
+        )
     if model_type.startswith("qwen") and fields.flag("use_sliding_window", False) and window:
         first = fields.integer("max_window_layers", low=0)
         return tuple(window if i >= first else 0 for i in range(num_layers))
@@ -134,10 +147,10 @@ def _layer_windows(fields: Fields, model_type: str, num_layers: int, source: str
 def _ropes(
     fields: Fields, values: Mapping[str, Any], architecture: str, head_dim: int, source: str
 ) -> tuple[RopeConfig, RopeConfig | None, int]:
-    """Rotations of full and sliding layers, and the context length that yarn scaling reaches (else 0).
+    """Rotations of full and sliding layers, and the context that yarn scaling reaches (else 0).
 
-    Newer files have ``rope_parameters`` (for Gemma 3 one set per layer type); older ones have ``rope_theta``,
-    ``rope_scaling`` and ``rope_local_base_freq``.
+    Newer files have ``rope_parameters`` (for Gemma 3 one set per layer type); older ones have
+    ``rope_theta``, ``rope_scaling`` and ``rope_local_base_freq``.
     """
     nested = values.get("rope_parameters")
     old = values.get("rope_scaling")
@@ -152,14 +165,20 @@ def _ropes(
     local_theta = fields.positive("rope_local_base_freq", 10000.0)
     if nested is not None and "full_attention" in nested:
         rope, extended = _rope(nested["full_attention"] or {}, values, theta, head_dim, source)
-        local, _ = _rope(nested.get("sliding_attention") or {}, values, local_theta, head_dim, source)
+        local, _ = _rope(
+            nested.get("sliding_attention") or {}, values, local_theta, head_dim, source
+        )
         return rope, local, extended
     rope, extended = _rope(nested or old or {}, values, theta, head_dim, source)
     return rope, RopeConfig(theta=local_theta, dim=head_dim), extended
 
 
 def _rope(
-    parameters: Mapping[str, Any], values: Mapping[str, Any], theta: float, head_dim: int, source: str
+    parameters: Mapping[str, Any],
+    values: Mapping[str, Any],
+    theta: float,
+    head_dim: int,
+    source: str,
 ) -> tuple[RopeConfig, int]:
     if not isinstance(parameters, dict):
         raise CorruptFileError(f"{source}/config.json: rope settings are not an object")
@@ -178,7 +197,9 @@ def _rope(
     if kind == "llama3":
         low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
         if high <= low:
-            raise CorruptFileError(f"{source}/config.json: rope high_freq_factor {high} <= low_freq_factor {low}")
+            raise CorruptFileError(
+                f"{source}/config.json: rope high_freq_factor {high} <= low_freq_factor {low}"
+            )
         return RopeConfig(
             theta=theta,
             dim=dim,

@@ -1,8 +1,8 @@
 """Canonical tensor names, the shape each must have, and where each lives in a checkpoint.
 
-Canonical names: ``embed``, ``final_norm``, ``lm_head`` and, for every layer, ``layers.{i}.`` with ``attn_norm``,
-``q k v o``, ``q_bias k_bias v_bias``, ``q_norm k_norm``, ``attn_post_norm``, ``ffn_norm``, ``gate up down``,
-``ffn_post_norm``. Matrices are ``[out, in]``.
+Canonical names: ``embed``, ``final_norm``, ``lm_head`` and, for every layer, ``layers.{i}.`` with
+``attn_norm``, ``q k v o``, ``q_bias k_bias v_bias``, ``q_norm k_norm``, ``attn_post_norm``,
+``ffn_norm``, ``gate up down``, ``ffn_post_norm``. Matrices are ``[out, in]``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class TensorSource:
     Attributes:
         file: Index into ``Checkpoint.files``.
         tensor: Name inside that file.
-        unpermute_heads: H > 0: rows (or bias values) are in GGUF's interleaved rotary order. Output row
-            ``h*D + j`` is input row ``h*D + 2*(j % (D/2)) + j // (D/2)``, for each of H heads of D rows.
+        unpermute_heads: H > 0: rows (or bias values) are in GGUF's interleaved rotary order.
+            Output row ``h*D + j`` is input row ``h*D + 2*(j % (D/2)) + j // (D/2)``, for each of H
+            heads of D rows.
         add_one: The stored norm weight w means 1 + w.
     """
 
@@ -63,7 +64,11 @@ class NameMap:
         return self.layer_prefix.format(i=index) + self.layer[suffix]
 
 
-_GGUF_TOP = {"embed": "token_embd.weight", "final_norm": "output_norm.weight", "lm_head": "output.weight"}
+_GGUF_TOP = {
+    "embed": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "lm_head": "output.weight",
+}
 _GGUF_LAYER = {
     "attn_norm": "attn_norm.weight",
     "q": "attn_q.weight",
@@ -82,7 +87,11 @@ _GGUF_LAYER = {
     "down": "ffn_down.weight",
     "ffn_post_norm": "post_ffw_norm.weight",
 }
-_HF_TOP = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+_HF_TOP = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
 _HF_LAYER = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -186,7 +195,8 @@ def map_tensors(
     missing = [name for name in stored.values() if name not in found]
     if missing:
         raise CorruptFileError(
-            f"{source}: {_listing(missing)} missing; the file is incomplete or not a {config.architecture} model"
+            f"{source}: {_listing(missing)} missing; the file is incomplete or not a "
+            f"{config.architecture} model"
         )
     unknown = sorted(found.keys() - set(stored.values()))
     unknown = [name for name in unknown if not names.ignored.match(name)]
@@ -211,7 +221,9 @@ def _source(config: ModelConfig, names: NameMap, canonical: str, file: int) -> T
     suffix = canonical.rpartition(".")[2]
     heads = 0
     if names.interleaved_rope:
-        heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(suffix.removesuffix("_bias"), 0)
+        heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(
+            suffix.removesuffix("_bias"), 0
+        )
     return TensorSource(
         file=file,
         tensor=names.stored_name(canonical),

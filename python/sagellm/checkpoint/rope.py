@@ -14,8 +14,8 @@ def inverse_frequencies(rope: RopeConfig) -> tuple[NDArray[np.float64], float]:
     """Angles per position of every rotated pair.
 
     Returns:
-        ``(inv_freq, attention_factor)``: radians per position, float64 ``[dim / 2]``, and the number that
-        multiplies cos and sin.
+        ``(inv_freq, attention_factor)``: radians per position, float64 ``[dim / 2]``, and the
+        number that multiplies cos and sin.
     """
     exponents = np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim
     inv_freq = rope.theta**-exponents
@@ -31,12 +31,12 @@ def inverse_frequencies(rope: RopeConfig) -> tuple[NDArray[np.float64], float]:
 
 
 def yarn_attention_factor(factor: float) -> float:
-    """The factor on cos and sin that the YaRN paper recommends for a context extension of ``factor``."""
+    """The factor on cos and sin that the YaRN paper recommends for an extension by ``factor``."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def _llama3(inv_freq: NDArray[np.float64], rope: RopeConfig) -> NDArray[np.float64]:
-    """Divides low frequencies by the factor, keeps high ones, blends between the two band limits."""
+    """Divides low frequencies by the factor, keeps high ones, blends between the limits."""
     turns = rope.original_max_position * inv_freq / (2.0 * math.pi)  # over the original context
     band = rope.high_freq_factor - rope.low_freq_factor
     keep = np.clip((turns - rope.low_freq_factor) / band, 0.0, 1.0)
@@ -44,7 +44,7 @@ def _llama3(inv_freq: NDArray[np.float64], rope: RopeConfig) -> NDArray[np.float
 
 
 def _yarn(inv_freq: NDArray[np.float64], rope: RopeConfig) -> NDArray[np.float64]:
-    """Interpolates slow pairs, keeps fast ones, with a linear ramp over the pair index between them."""
+    """Interpolates slow pairs, keeps fast ones, with a ramp over the pair index between."""
 
     def pair_index(turns: float) -> float:
         """The (fractional) pair that makes ``turns`` rotations over the original context."""

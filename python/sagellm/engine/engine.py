@@ -2,10 +2,11 @@
 
 Not thread-safe but for ``prepare``; ``engine.thread`` drives it from one thread for everybody else.
 
-Failures. A step that raises is tried again one sequence at a time, so that only the sequences which
-raise on their own fail; a step may be repeated because it writes the same values to the same places.
-A row whose logits are not finite fails its own request. Whatever else goes wrong inside the step loop
-fails the requests that were running, and the engine goes on: every request is answered once.
+Failures. A step that raises is tried again one sequence at a time, so that only the sequences
+which raise on their own fail; that is safe because a step writes the same values to the same places
+each time. A row whose logits are not finite fails its own request. Whatever else goes wrong inside
+the step loop fails the requests that were running, and the engine goes on: every request is
+answered once.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Engine:
             return self.tokenizer.encode(request.prompt) if request.prompt else []
         if self.chat_template is None:
             raise UnsupportedError(
-                f"{self.runner.config.name or 'this model'} has no chat template; send a plain prompt"
+                f"{self.runner.config.name or 'this model'} has no chat template; send a prompt"
             )
         messages = [message.model_dump(exclude_none=True) for message in request.messages]
         text = self.chat_template.render(messages, add_generation_prompt=True)
@@ -197,9 +198,7 @@ class Engine:
         self._scheduler.add(state)
         return state.key
 
-    def add_request(
-        self, request: Request, prompt_token_ids: Iterable[int] | None = None
-    ) -> int:
+    def add_request(self, request: Request, prompt_token_ids: Iterable[int] | None = None) -> int:
         """``prepare`` and ``add`` in one."""
         return self.add(self.prepare(request, prompt_token_ids))
 
@@ -284,7 +283,9 @@ class Engine:
             output = self._run(plan, copies)
         except Exception:
             self._num_failed_steps += 1
-            logger.exception("step %d failed with %d sequences", self.num_steps, len(plan.sequences))
+            logger.exception(
+                "step %d failed with %d sequences", self.num_steps, len(plan.sequences)
+            )
         else:
             return self._scheduler.commit(plan, output)
         sampled: list[tuple[Sequence, SampledRow]] = []
@@ -371,9 +372,7 @@ class Engine:
         )
         outputs.append(_output(sequence, sequence.text.take(), finished))
 
-    def _fail(
-        self, state: RequestState, failure: Failure, outputs: list[SequenceOutput]
-    ) -> None:
+    def _fail(self, state: RequestState, failure: Failure, outputs: list[SequenceOutput]) -> None:
         """Answers every unfinished sequence of a request with an error."""
         self._scheduler.abort(state)
         for sequence in state.sequences:
@@ -475,9 +474,7 @@ def _accept(sequence: Sequence, row: SampledRow, now: float) -> FinishReason | N
     return None
 
 
-def _output(
-    sequence: Sequence, text: str, finished: Finished | None = None
-) -> SequenceOutput:
+def _output(sequence: Sequence, text: str, finished: Finished | None = None) -> SequenceOutput:
     sent = sequence.num_sent_tokens
     sequence.num_sent_tokens = len(sequence.output_tokens)
     return SequenceOutput(

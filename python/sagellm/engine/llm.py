@@ -1,5 +1,7 @@
 """The engine for scripts: prompts in, answers out, on a thread of its own.
 
+Example::
+
     from sagellm import LLM
 
     with LLM("smollm2") as llm:
@@ -94,7 +96,7 @@ def new_request(
         max_tokens: Longest output.
         temperature: None and 0 are greedy.
         stream: Whether events are wanted.
-        **options: Any other field of ``Request`` or ``SamplingParams``. Ids are made up when missing.
+        **options: Any other field of ``Request`` or ``SamplingParams``; missing ids are made up.
 
     Raises:
         InvalidArgumentError: An unknown option or an illegal value.
@@ -178,9 +180,7 @@ class LLM:
 
     # ------------------------------------------------------------------------------ answers
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], **options: Any
-    ) -> list[Response]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Response]:
         """Answers prompts, all at once.
 
         Args:
@@ -188,8 +188,8 @@ class LLM:
             **options: See ``new_request``; for prompts that are not requests.
 
         Returns:
-            In the order of the prompts; with ``n > 1`` the completions of a prompt follow one another.
-            A request that failed while it ran has finish_reason ``error``.
+            In the order of the prompts; with ``n > 1`` the completions of a prompt follow one
+            another. A request that failed while it ran has finish_reason ``error``.
 
         Raises:
             SagellmError: One of the prompts is invalid or can never fit; nothing has run then.
@@ -217,9 +217,7 @@ class LLM:
                 self._thread.cancel(key)
         return [responses[s.key, i] for s in states for i in range(len(s.sequences))]
 
-    def chat(
-        self, messages: Iterable[Mapping[str, Any] | Message], **options: Any
-    ) -> Response:
+    def chat(self, messages: Iterable[Mapping[str, Any] | Message], **options: Any) -> Response:
         """Answers a conversation through the model's chat template.
 
         Args:

@@ -30,8 +30,8 @@ def load_engine(
     """Opens a model and builds an engine on it.
 
     Args:
-        model: A catalogue name, a Hugging Face repository, a .gguf file or a folder. Not looked at with
-            device ``mock``.
+        model: A catalogue name, a Hugging Face repository, a .gguf file or a folder. Not looked at
+            with device ``mock``.
         config: The engine's knobs.
         device: See ``sagellm.backends.create_runner``; ``mock`` needs no files.
         threads: CPU threads; None takes all of this process.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,8 +143,8 @@ def _check_fits(
     else:
         remedy = f"the largest kv_cache_gb that fits is {usable / GIB:.2f}"
     raise ResourceExhaustedError(
-        f"the KV pool needs {_gib(max(num_blocks, 1) * per_block)}, but {_gib(available)} of memory are "
-        f"free ({_gib(_HEADROOM)} of it stay reserved); {remedy}"
+        f"the KV pool needs {_gib(max(num_blocks, 1) * per_block)}, but {_gib(available)} of "
+        f"memory are free ({_gib(_HEADROOM)} of it stay reserved); {remedy}"
     )
 
 
@@ -165,8 +166,6 @@ def available_memory(root: Path = Path("/")) -> int:
 
 def peak_memory_mb() -> int:
     """Largest resident set of this process so far, in MB (rounded up)."""
-    import resource  # absent on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return -(-peak * unit // 1_000_000)

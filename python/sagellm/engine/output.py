@@ -37,9 +37,7 @@ class OutputText:
         params = request.sampling
         ends = frozenset() if params.ignore_eos else tokenizer.eos_ids
         self.stop_ids = ends | frozenset(params.stop_token_ids)
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer, continuation=request.messages is None
-        )
+        self._detokenizer = IncrementalDetokenizer(tokenizer, continuation=request.messages is None)
         self._stops = StopStrings(params.stop) if params.stop else None
         self._parts: list[str] = []
         self._sent_parts = 0
@@ -55,7 +53,7 @@ class OutputText:
         return self._pass(self._stops, piece)
 
     def finish(self) -> bool:
-        """Ends the text, giving out what was held back; returns whether a stop string is complete."""
+        """Ends the text, giving out what was held back; returns whether a stop string ended it."""
         rest = self._detokenizer.finish()
         if self._stops is None:
             if rest:
@@ -98,7 +96,7 @@ class Finished:
     metrics: Metrics
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: made for every streamed token
 class SequenceOutput:
     """New output of one sequence after a step.
 
@@ -106,7 +104,7 @@ class SequenceOutput:
         key: The request's id in the engine.
         index: Which completion.
         text, token_ids, logprobs: What is new, for streaming requests and at the end.
-        num_prompt_tokens, num_cached_tokens: Length of the prompt, and its share found in the cache.
+        num_prompt_tokens, num_cached_tokens: Length of the prompt, and how much was cached.
         finished: Set on the last output of the sequence.
         request_finished: This was the last output of the whole request.
     """
@@ -185,8 +183,8 @@ def measure(
 ) -> Metrics:
     """The figures of a sequence that ends now.
 
-    With one output token there is no pace after the first: ``tpot_ms`` is then the time from admission to
-    that token. Without any token, ``ttft_ms`` and ``tpot_ms`` are the time until the answer.
+    With one output token there is no pace after the first: ``tpot_ms`` is then the time from
+    admission to that token. Without any, ``ttft_ms`` and ``tpot_ms`` are the time to the answer.
     """
     state, count = sequence.state, len(sequence.output_tokens)
     first = now if sequence.first_token_at is None else sequence.first_token_at

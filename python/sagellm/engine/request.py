@@ -6,8 +6,8 @@ A sequence moves between three states::
        ^                     |
        +------preempted------+        (blocks given back; its tokens are computed again)
 
-The other sequences of a request with ``n > 1`` are WAITING outside the queue (``Sequence.children`` of
-the first) until the prompt is computed; then they share its blocks.
+The other sequences of a request with ``n > 1`` are WAITING outside the queue (``Sequence.children``
+of the first) until the prompt is computed; then they share its blocks.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Sequence:
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """Prompt and output so far, ``[num_tokens]``: a view that the next ``append`` may outdate."""
+        """Prompt and output so far, ``[num_tokens]``: a view, valid until the next ``append``."""
         return self._buffer[: self.num_tokens]
 
     def slice(self, start: int, stop: int) -> NDArray[np.int32]:

@@ -29,8 +29,8 @@ def mix(value: int) -> int:
 def derive_seed(seed: int, index: int) -> int:
     """The seed of completion ``index``. Completion 0 has the request's own seed.
 
-    The sampler draws from ``seed + k * golden``, so seeds that differ by a multiple of ``golden`` would
-    give shifted copies of one stream; mixing keeps the streams apart.
+    The sampler draws from ``seed + k * golden``, so seeds that differ by a multiple of ``golden``
+    would give shifted copies of one stream; mixing keeps the streams apart.
     """
     return seed & _MASK if index == 0 else mix(mix(seed) + index * _GOLDEN)
 

@@ -79,7 +79,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._deadlines: list[tuple[float, int, RequestState]] = []
         self._num_releases = 0
-        self._stalled: tuple[int, int] | None = None  # (sequence id, releases when it found no room)
+        self._stalled: tuple[int, int] | None = (
+            None  # (sequence id, releases when it found no room)
+        )
         self.num_preemptions = 0
 
     @property
@@ -222,7 +224,7 @@ class Scheduler:
         return self.num_preemptions > before
 
     def _reserve(self, sequence: Sequence, end: int) -> bool:
-        """Makes positions ``< end`` writable, to the end of their block: that costs no more blocks."""
+        """Makes positions ``< end`` writable, and the rest of their block at no cost."""
         end = -(-end // self._block_size) * self._block_size
         if not self._kv.reserve(sequence.sequence_id, end):
             return False
@@ -327,8 +329,8 @@ class Scheduler:
                 Failure(
                     code=ErrorCode.DEADLINE_EXCEEDED,
                     message=(
-                        f"the deadline of {state.request.deadline_ms:g} ms passed {waited}; allow more time or "
-                        "ask for fewer tokens"
+                        f"the deadline of {state.request.deadline_ms:g} ms passed {waited}; allow "
+                        "more time or ask for fewer tokens"
                     ),
                     retryable=True,
                 ),
@@ -344,7 +346,7 @@ class Scheduler:
             Failure(
                 code=ErrorCode.RESOURCE_EXHAUSTED,
                 message=(
-                    f"{sequence.num_tokens} tokens need {needed} KV blocks of {self._block_size} tokens, "
+                    f"{sequence.num_tokens} tokens need {needed} KV blocks of {self._block_size}, "
                     f"and the pool of {self._num_blocks} has not that many free even with no other "
                     "request running; shorten the request or raise kv_cache_gb"
                 ),

@@ -1,4 +1,4 @@
-"""The one thread that drives an engine, and the mailboxes through which everybody else hears of it."""
+"""The one thread that drives an engine, and the mailboxes through which others hear of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sagellm.engine.engine import queue_full
 from sagellm.engine.request import Failure
@@ -39,8 +39,8 @@ class Mailbox(Protocol):
 class EngineThread:
     """Runs ``Engine.step`` as long as there is work, and commands of other threads in between.
 
-    Every request that ``submit`` accepted is answered once through its mailbox, unless it is cancelled:
-    by the engine, or with ``unavailable`` when the thread ends before, for whatever reason.
+    Every request that ``submit`` accepted is answered once through its mailbox, unless it is
+    cancelled: by the engine, or with ``unavailable`` when the thread ends before.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -48,10 +48,11 @@ class EngineThread:
         self._engine = engine
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
-        self._calls: set[Future[object]] = set()
+        self._calls: set[Future[Any]] = set()
         self._requests: dict[int, tuple[RequestState, Mailbox]] = {}
         self._num_arriving = 0  # submitted, not yet in the engine's queue
         self._drain_until: float | None = None  # monotonic seconds; set when closing
+        self._num_cut = 0
         self._end: Failure | None = None  # why the thread no longer takes requests
         self._thread = threading.Thread(target=self._run, name="sagellm-engine", daemon=True)
         self._thread.start()
@@ -101,11 +102,11 @@ class EngineThread:
                     future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
-            self._calls.discard(future)  # type: ignore[arg-type]
+            self._calls.discard(future)
 
         with self._wake:
             self._require_open()
-            self._calls.add(future)  # type: ignore[arg-type]
+            self._calls.add(future)
             self._commands.append(run)
             self._wake.notify()
         return future
@@ -126,8 +127,6 @@ class EngineThread:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         return self._num_cut
-
-    _num_cut = 0
 
     # ------------------------------------------------------------------------- on the thread
 

@@ -59,7 +59,9 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int
         listed = token_ids if isinstance(token_ids, np.ndarray) else list(token_ids)
         ids = np.asarray(listed)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"token ids must be a flat list of whole numbers: {error}") from None
+        raise InvalidArgumentError(
+            f"token ids must be a flat list of whole numbers: {error}"
+        ) from None
     if ids.size == 0:
         raise InvalidArgumentError("the prompt is empty; give at least one token")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -67,8 +69,8 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise InvalidArgumentError(
-            f"token id {wrong} is outside the vocabulary of {vocab_size}; encode the text with this "
-            "model's own tokenizer"
+            f"token id {wrong} is outside the vocabulary of {vocab_size}; encode the text with "
+            "this model's own tokenizer"
         )
     return np.ascontiguousarray(ids, dtype=np.int32)
 
@@ -98,8 +100,8 @@ def validate_request(request: Request, num_prompt_tokens: int, capacity: Capacit
     if num_prompt_tokens >= capacity.max_model_len:
         raise InvalidArgumentError(
             f"the prompt has {num_prompt_tokens} tokens and the longest sequence is "
-            f"{capacity.max_model_len}, which leaves no room for output; shorten the prompt or raise "
-            "max_model_len (up to the model's own limit)"
+            f"{capacity.max_model_len}, which leaves no room for output; shorten the prompt or "
+            "raise max_model_len (up to the model's own limit)"
         )
     length = min(num_prompt_tokens + request.max_tokens, capacity.max_model_len)
     if request.kv_budget_tokens is not None:
@@ -112,8 +114,8 @@ def validate_request(request: Request, num_prompt_tokens: int, capacity: Capacit
             else f"shorten the prompt to at most {room} tokens"
         )
         raise ResourceExhaustedError(
-            f"the request needs room for {length - 1} tokens ({num_prompt_tokens} of prompt) and the whole "
-            f"KV pool holds {room}; {remedy}, or raise kv_cache_gb"
+            f"the request needs room for {length - 1} tokens ({num_prompt_tokens} of prompt) and "
+            f"the whole KV pool holds {room}; {remedy}, or raise kv_cache_gb"
         )
     return length
 
@@ -123,8 +125,8 @@ def _budget_length(request: Request, num_prompt_tokens: int) -> int:
     spare = (budget - num_prompt_tokens) // n  # the prompt is shared, outputs are not
     if budget < num_prompt_tokens:
         raise ResourceExhaustedError(
-            f"kv_budget_tokens is {budget} and the prompt alone takes {num_prompt_tokens}; raise it to at "
-            f"least {num_prompt_tokens}"
+            f"kv_budget_tokens is {budget} and the prompt alone takes {num_prompt_tokens}; raise "
+            f"it to at least {num_prompt_tokens}"
         )
     return num_prompt_tokens + spare + 1
 
@@ -134,7 +136,9 @@ def _check_numbers(request: Request) -> None:
     _within("temperature", request.temperature, 0.0, LIMITS.temperature, above=True)
     _within("top_p", request.top_p, 0.0, 1.0, above=True)
     _within("min_p", params.min_p, 0.0, 1.0)
-    _within("repetition_penalty", params.repetition_penalty, 0.0, LIMITS.repetition_penalty, above=True)
+    _within(
+        "repetition_penalty", params.repetition_penalty, 0.0, LIMITS.repetition_penalty, above=True
+    )
     for name in ("presence_penalty", "frequency_penalty"):
         bound = LIMITS.additive_penalty
         _within(name, getattr(params, name), -bound, bound)
@@ -143,7 +147,9 @@ def _check_numbers(request: Request) -> None:
     _within("max_tokens", request.max_tokens, 1, math.inf)
     _within("logprobs", params.logprobs, 0, LIMITS.logprobs)
     _within("the number of stop strings", len(params.stop), 0, LIMITS.stop_strings)
-    _within("the number of logit_bias entries", len(params.logit_bias), 0, LIMITS.logit_bias_entries)
+    _within(
+        "the number of logit_bias entries", len(params.logit_bias), 0, LIMITS.logit_bias_entries
+    )
     for value in params.logit_bias.values():
         _within("logit_bias", value, -LIMITS.logit_bias, LIMITS.logit_bias)
     if params.response_format is not None and params.response_format.type != "text":
@@ -154,7 +160,10 @@ def _check_numbers(request: Request) -> None:
 
 
 def _check_tokens(request: Request, vocab_size: int) -> None:
-    named = (("logit_bias", request.sampling.logit_bias), ("stop_token_ids", request.sampling.stop_token_ids))
+    named = (
+        ("logit_bias", request.sampling.logit_bias),
+        ("stop_token_ids", request.sampling.stop_token_ids),
+    )
     for name, ids in named:
         for token_id in ids:
             if not 0 <= token_id < vocab_size:

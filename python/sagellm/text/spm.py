@@ -8,10 +8,13 @@ merged, leftmost first among equals, until no pair is a token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sagellm.errors import CorruptFileError
 from sagellm.text.token_types import BYTE_PIECE, TokenType
@@ -73,25 +76,23 @@ class SentencePieceModel:
         self._tokens = tokens
         self._scores = scores
         self._types = types
-        self._ids = {token: token_id for token_id, token in enumerate(tokens)}
+        self._ids = dict(zip(tokens, range(len(tokens)), strict=True))
         if len(self._ids) != len(tokens):
             raise CorruptFileError("the vocabulary holds the same token twice")
-        reserved = {TokenType.UNKNOWN, TokenType.CONTROL, TokenType.BYTE}
-        self._mergeable = {
-            token: token_id
-            for token, token_id, kind in zip(tokens, range(len(tokens)), types, strict=True)
-            if kind not in reserved
-        }
-        self._byte_ids = self._find_byte_ids()
+        kinds = np.asarray(types, dtype=np.int64)
+        control, unknown = _ids_of(kinds, TokenType.CONTROL), _ids_of(kinds, TokenType.UNKNOWN)
+        byte_ids = _ids_of(kinds, TokenType.BYTE)
+        self._mergeable = self._ids.copy()
+        for token_id in (*control, *unknown, *byte_ids):
+            del self._mergeable[tokens[token_id]]
+        self._byte_ids = self._order_bytes(byte_ids)
         self._unk_id = unk_id
         if not self._byte_ids and unk_id is None:
             raise CorruptFileError("the vocabulary has neither byte tokens nor an unknown token")
         self._add_space_prefix = add_space_prefix
-        self.special_ids = frozenset(
-            i for i, kind in enumerate(types) if kind in (TokenType.UNKNOWN, TokenType.CONTROL)
-        )
-        self._control = TokenSplitter(self._of_type(TokenType.CONTROL))
-        self._user_defined = TokenSplitter(self._of_type(TokenType.USER_DEFINED))
+        self.special_ids = frozenset((*control, *unknown))
+        self._control = self._splitter(control)
+        self._user_defined = self._splitter(_ids_of(kinds, TokenType.USER_DEFINED))
         self._boundary = self._find_boundaries()
         self._cached_merge = lru_cache(_CACHED_WORDS)(self._merge)
 
@@ -132,16 +133,10 @@ class SentencePieceModel:
                 if isinstance(part, int):
                     ids.append(part)
                 else:
-                    self._encode_part(part, ids)
+                    for word in self._boundary.split(part):
+                        short = len(word) <= _CACHED_WORD_CHARS
+                        ids.extend(self._cached_merge(word) if short else self._merge(word))
         return ids
-
-    def _encode_part(self, text: str, ids: list[int]) -> None:
-        for word in self._boundary.split(text):
-            short = len(word) <= _CACHED_WORD_CHARS
-            merged = self._cached_merge(word) if short else self._merge(word)
-            if merged and ids and merged[0] == ids[-1] == self._unk_id and not self._byte_ids:
-                merged = merged[1:]  # one unknown token stands for a run of unknown characters
-            ids.extend(merged)
 
     def _merge(self, text: str) -> tuple[int, ...]:
         """Merges one word. O(n log n): a linked list of symbols and a heap of candidate pairs."""
@@ -198,19 +193,15 @@ class SentencePieceModel:
                 yield self._unk_id
             after_unknown = token_id is None
 
-    def _of_type(self, wanted: TokenType) -> dict[str, int]:
+    def _splitter(self, ids: Iterable[int]) -> TokenSplitter:
         # Converters store user-defined spaces as spaces; inside they are U+2581 as everywhere.
-        return {
-            token.replace(" ", SPACE): token_id
-            for token_id, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True))
-            if kind == wanted and token
-        }
+        texts = ((self._tokens[token_id].replace(" ", SPACE), token_id) for token_id in ids)
+        return TokenSplitter({text: token_id for text, token_id in texts if text})
 
-    def _find_byte_ids(self) -> list[int]:
+    def _order_bytes(self, ids: Iterable[int]) -> list[int]:
         byte_ids = [-1] * 256
-        for token_id, kind in enumerate(self._types):
-            if kind == TokenType.BYTE:
-                byte_ids[_byte_value(self._tokens[token_id])] = token_id
+        for token_id in ids:
+            byte_ids[_byte_value(self._tokens[token_id])] = token_id
         if all(token_id < 0 for token_id in byte_ids):
             return []
         if any(token_id < 0 for token_id in byte_ids):
@@ -222,10 +213,17 @@ class SentencePieceModel:
 
         Words cut there merge exactly as in the whole text, and short ones can be remembered.
         """
-        joined = "\n".join(token for token in self._mergeable if SPACE in token[1:])
-        lefts = {SPACE, *re.findall(f"(.){SPACE}", joined, flags=re.DOTALL)}
+        if SPACE not in self._mergeable:
+            return re.compile("(?!)")  # a run of unknown characters must stay in one piece
+        joined = "\n".join(self._mergeable)
+        lefts = {SPACE, "\n", *re.findall(f"([^\n{SPACE}]){SPACE}", joined)}
         excluded = "".join(re.escape(left) for left in lefts)
         return re.compile(f"(?<=[^{excluded}])(?={SPACE})")
+
+
+def _ids_of(kinds: NDArray[np.int64], kind: TokenType) -> list[int]:
+    ids: list[int] = np.flatnonzero(kinds == kind).tolist()
+    return ids
 
 
 def _byte_value(piece: str) -> int:

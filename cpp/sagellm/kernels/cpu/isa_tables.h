@@ -6,7 +6,7 @@
 
 namespace sagellm::kernels {
 
-// act_kind, matmul and quantize.
+// act_kind, matmul, quantize and to_bf16.
 void fill_matmul_generic(KernelTable& table);
 void fill_matmul_avx2(KernelTable& table);
 void fill_matmul_avx512(KernelTable& table);
@@ -15,7 +15,7 @@ void fill_matmul_avx512_bf16(KernelTable& table);
 // The matmul of the avx512 table, to which avx512_bf16 leaves every format but bf16.
 void matmul_avx512(const MatmulParams& p);
 
-// quantize alone; called by fill_matmul_*.
+// quantize and to_bf16 alone; called by fill_matmul_*.
 void fill_quantize_generic(KernelTable& table);
 void fill_quantize_avx2(KernelTable& table);
 void fill_quantize_avx512(KernelTable& table);

@@ -1,16 +1,21 @@
 // Paged attention over vector registers, written once for every SIMD instruction set.
 //
-// Include after the folder's vmath.h and simd_math.h. `attend<Policy>` holds the control flow and the softmax; the
-// Policy holds the two inner products. Semantics: AttentionParams in params.h.
+// Include after the folder's vmath.h and simd_math.h. `attend<Policy>` holds the control flow and
+// the softmax; the Policy holds the two inner products. Semantics: AttentionParams in params.h.
 //
-// The order of floating-point operations is fixed for one (query row, output) whatever else the call computes:
-//   1. score of a token: one or two fma chains over the head dimension (see the Policy), then their sum;
-//   2. tile maximum: exact, hence order-free. If it exceeds m: c = exp2(m - max), l *= c, acc *= c, m = max;
-//   3. p = exp2(score - m), 0 where masked; l += sum of the tile: lane sums over ascending tokens, one fixed tree;
+// The order of floating-point operations is fixed for one (query row, output) whatever else the
+// call computes:
+//   1. score of a token: one or two fma chains over the head dimension (see the Policy), then their
+//   sum;
+//   2. tile maximum: exact, hence order-free. If it exceeds m: c = exp2(m - max), l *= c, acc *= c,
+//   m = max;
+//   3. p = exp2(score - m), 0 where masked, in the Policy's precision; l += sum of the tile: lane
+//   sums over ascending tokens, one fixed tree;
 //   4. acc[d] gains p * v in ascending token order, in one chain;
-//   5. splits are merged in ascending order by merge_state(), in attention() and in attention_finish() alike.
-// A tile without a visible token for a row leaves that row's state untouched; a token or V slot the row does not see
-// is never multiplied, so stale or foreign bytes (NaN included) cannot reach it.
+//   5. splits are merged in ascending order by merge_state(), in attention() and in
+//   attention_finish() alike.
+// A tile without a visible token for a row leaves that row's state untouched; a token or V slot the
+// row does not see is never multiplied, so stale or foreign bytes (NaN included) cannot reach it.
 #pragma once
 
 namespace sagellm::kernels {
@@ -18,14 +23,15 @@ namespace {
 
 constexpr float kNegativeInfinity = -__builtin_inff();
 constexpr int kTileSubPages = kAttentionTile / kSubPage;
-constexpr int kPrefetchTiles = 2;  // how far ahead of the tile being computed the next K and V lines are requested
+constexpr int kPrefetchTiles =
+    2;  // how far ahead of the tile being computed the next K and V lines are requested
 
-constexpr int kMaxRowGroup = 8;    // rows that share one pass over a tile
+constexpr int kMaxRowGroup = 8;  // rows that share one pass over a tile
 
 struct AttentionScratch {
-  alignas(64) float q[kAttentionRows * kMaxHeadDim];  // scaled queries of a widening policy
+  alignas(64) float q[kAttentionRows * kMaxHeadDim];       // scaled queries of a widening policy
   alignas(64) uint16_t q16[kAttentionRows * kMaxHeadDim];  // and of a bf16 policy
-  alignas(64) float acc[kAttentionRows * kMaxHeadDim];  // state of the split being built
+  alignas(64) float acc[kAttentionRows * kMaxHeadDim];     // state of the split being built
   alignas(64) float scores[kMaxRowGroup * kAttentionTile];
   alignas(64) uint16_t weights16[kMaxRowGroup * kAttentionTile];
   float m[kAttentionRows];
@@ -42,7 +48,8 @@ struct StateView {
 /// The sub-pages of one tile; entries outside [first, last) are not set.
 struct TilePages {
   const uint16_t* page[kTileSubPages];
-  const uint16_t* ahead[kTileSubPages];  // what to prefetch meanwhile (never null when first <= i < last)
+  const uint16_t*
+      ahead[kTileSubPages];  // what to prefetch meanwhile (never null when first <= i < last)
   int first;
   int last;
 };
@@ -76,7 +83,8 @@ inline void clear_state(StateView s, int rows, int head_dim) {
 }
 
 /// (m, l, acc) <- merge((m, l, acc), b). An empty side (l == 0) leaves the other as it is.
-inline void merge_state(float* m, float* l, float* acc, float bm, float bl, const float* bacc, int head_dim) {
+inline void merge_state(float* m, float* l, float* acc, float bm, float bl, const float* bacc,
+                        int head_dim) {
   if (bl == 0.f) return;
   if (*l == 0.f) {
     *m = bm;
@@ -101,13 +109,13 @@ inline Range visible(const AttentionParams& p, int row) {
 
 inline const uint16_t* sub_page(const AttentionParams& p, int position) {
   const int in_block = position % p.kv.block_size;
-  return p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride + p.kv_head * p.kv.head_stride +
-         (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
+  return p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
+         p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Inner products on fp32 lanes: bfloat16 K and V are widened exactly. A score is two chains over ascending dimension,
-// even and odd, then even + odd.
+// Inner products on fp32 lanes: bfloat16 K and V are widened exactly. A score is two chains over
+// ascending dimension, even and odd, then even + odd.
 struct WidenPolicy {
   using Query = float;
   using Weight = float;
@@ -125,10 +133,15 @@ struct WidenPolicy {
   }
 
   static Weight* weights(AttentionScratch& s) { return s.scores; }
-  static void store_weights(Weight* out, Vec p) { store(out, p); }
+  /// Stores the weights and returns their values as stored, which is what l sums.
+  static Vec store_weights(Weight* out, Vec p) {
+    store(out, p);
+    return p;
+  }
 
   template <int kRows, bool kPrefetch>
-  static void score(const Query* q, const uint16_t* page, const uint16_t* ahead, int head_dim, float* out) {
+  static void score(const Query* q, const uint16_t* page, const uint16_t* ahead, int head_dim,
+                    float* out) {
     for (int half = 0; half < kSubPage / kLanes; ++half) {
       Vec even[kRows], odd[kRows];
       for (int r = 0; r < kRows; ++r) even[r] = odd[r] = zero();
@@ -146,7 +159,8 @@ struct WidenPolicy {
           odd[r] = fma(set(q[r * head_dim + 2 * i + 1]), k1, odd[r]);
         }
       }
-      for (int r = 0; r < kRows; ++r) store(out + r * kAttentionTile + half * kLanes, add(even[r], odd[r]));
+      for (int r = 0; r < kRows; ++r)
+        store(out + r * kAttentionTile + half * kLanes, add(even[r], odd[r]));
     }
   }
 
@@ -172,11 +186,11 @@ struct WidenPolicy {
 };
 
 // ---------------------------------------------------------------------------------------------------------------
-// Weighted values: acc[r][d] += sum over the tokens of `seen` of w[r][token] * v[token][d], for kRows rows that see
-// the same tokens. Register block: kRows x kColumns vectors.
+// Weighted values: acc[r][d] += sum over the tokens of `seen` of w[r][token] * v[token][d], for
+// kRows rows that see the same tokens. Register block: kRows x kColumns vectors.
 template <class Policy, int kRows, int kColumns>
-inline void weigh_columns(const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim, int d,
-                          float* acc) {
+inline void weigh_columns(const TilePages& tile, Range seen, const typename Policy::Weight* w,
+                          int head_dim, int d, float* acc) {
   typename Policy::template Accumulator<kRows, kColumns> a;
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) a.acc[r][c] = load(acc + r * head_dim + d + c * kLanes);
@@ -198,24 +212,25 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
 }
 
 template <class Policy, int kRows, int kColumns = Policy::columns(kRows)>
-inline void weigh(const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim, int d,
-                  float* acc) {
+inline void weigh(const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim,
+                  int d, float* acc) {
   for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) {
     weigh_columns<Policy, kRows, kColumns>(tile, seen, w, head_dim, d, acc);
   }
-  if constexpr (kColumns * kLanes > 16) weigh<Policy, kRows, kColumns / 2>(tile, seen, w, head_dim, d, acc);
+  if constexpr (kColumns * kLanes > 16)
+    weigh<Policy, kRows, kColumns / 2>(tile, seen, w, head_dim, d, acc);
 }
 
 template <class Policy, int kRows>
-inline void weigh_rows(int rows, const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim,
-                       float* acc) {
+inline void weigh_rows(int rows, const TilePages& tile, Range seen,
+                       const typename Policy::Weight* w, int head_dim, float* acc) {
   if (rows == kRows) return weigh<Policy, kRows>(tile, seen, w, head_dim, 0, acc);
   if constexpr (kRows > 1) weigh_rows<Policy, kRows - 1>(rows, tile, seen, w, head_dim, acc);
 }
 
 template <class Policy, int kRows>
-inline void score_rows(int rows, const TilePages& tile, const typename Policy::Query* q, int head_dim, bool prefetch,
-                       float* scores) {
+inline void score_rows(int rows, const TilePages& tile, const typename Policy::Query* q,
+                       int head_dim, bool prefetch, float* scores) {
   if (rows == kRows) {
     for (int s = tile.first; s < tile.last; ++s) {
       float* out = scores + s * kSubPage;
@@ -237,7 +252,8 @@ inline void soften(const TilePages& tile, Range seen, int head_dim, const float*
   const int begin = tile.first * kSubPage, end = tile.last * kSubPage;
   Vec top = set(kNegativeInfinity);
   for (int i = begin; i < end; i += kLanes) {
-    top = max(top, select(range_mask(i, seen.begin, seen.end), load(scores + i), set(kNegativeInfinity)));
+    top = max(
+        top, select(range_mask(i, seen.begin, seen.end), load(scores + i), set(kNegativeInfinity)));
   }
   const float tile_max = reduce_max(top);
   if (tile_max > *m) {
@@ -249,17 +265,17 @@ inline void soften(const TilePages& tile, Range seen, int head_dim, const float*
   const Vec mv = set(*m);
   Vec sum = zero();
   for (int i = begin; i < end; i += kLanes) {
-    const Vec p = select(range_mask(i, seen.begin, seen.end), exp2(sub(load(scores + i), mv)), zero());
-    sum = add(sum, p);
-    Policy::store_weights(weights + i, p);
+    const Vec p =
+        select(range_mask(i, seen.begin, seen.end), exp2(sub(load(scores + i), mv)), zero());
+    sum = add(sum, Policy::store_weights(weights + i, p));
   }
   *l = *l + reduce_add(sum);
 }
 
 /// One tile for rows [row, row + rows), rows <= Policy::kRowGroup. `seen` is relative to the tile.
 template <class Policy>
-inline void attend_group(const AttentionParams& p, AttentionScratch& s, const TilePages& pages, const Range* seen,
-                         int row, int rows, bool prefetch, StateView state) {
+inline void attend_group(const AttentionParams& p, AttentionScratch& s, const TilePages& pages,
+                         const Range* seen, int row, int rows, bool prefetch, StateView state) {
   const int head_dim = p.kv.head_dim;
   int first = kAttentionTile, last = 0;
   for (int r = 0; r < rows; ++r) {
@@ -272,7 +288,8 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
   tile.first = first / kSubPage;
   tile.last = (last + kSubPage - 1) / kSubPage;
 
-  score_rows<Policy, Policy::kRowGroup>(rows, tile, Policy::queries(s) + row * Policy::query_stride(head_dim),
+  score_rows<Policy, Policy::kRowGroup>(rows, tile,
+                                        Policy::queries(s) + row * Policy::query_stride(head_dim),
                                         head_dim, prefetch, s.scores);
   typename Policy::Weight* weights = Policy::weights(s);
   for (int r = 0; r < rows; ++r) {
@@ -287,25 +304,29 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
     soften<Policy>(tile, seen[r], head_dim, scores, weights + r * kAttentionTile, &state.m[row + r],
                    &state.l[row + r], state.acc + (row + r) * head_dim);
   }
-  for (int r = 0; r < rows;) {  // runs of rows with the same range: all rows inside the context, a token's at its edge
+  for (int r = 0; r < rows;) {  // runs of rows with the same range: all rows inside the context, a
+                                // token's at its edge
     int next = r + 1;
-    while (next < rows && seen[next].begin == seen[r].begin && seen[next].end == seen[r].end) ++next;
+    while (next < rows && seen[next].begin == seen[r].begin && seen[next].end == seen[r].end)
+      ++next;
     if (seen[r].begin < seen[r].end) {
-      weigh_rows<Policy, Policy::kRowGroup>(next - r, tile, seen[r], weights + r * kAttentionTile, head_dim,
-                                            state.acc + (row + r) * head_dim);
+      weigh_rows<Policy, Policy::kRowGroup>(next - r, tile, seen[r], weights + r * kAttentionTile,
+                                            head_dim, state.acc + (row + r) * head_dim);
     }
     r = next;
   }
 }
 
-/// Adds the tokens [span.begin, span.end) of one split to a fresh state of rows [row0, row0 + rows) of the call.
+/// Adds the tokens [span.begin, span.end) of one split to a fresh state of rows [row0, row0 + rows)
+/// of the call.
 template <class Policy>
-inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0, int rows, Range span,
-                         int prefetch_end, StateView state) {
+inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0, int rows,
+                         Range span, int prefetch_end, StateView state) {
   const int groups = (rows + Policy::kRowGroup - 1) / Policy::kRowGroup;
   const int group_rows = (rows + groups - 1) / groups;
   const bool prefetch = groups == 1;
-  for (int start = span.begin - span.begin % kAttentionTile; start < span.end; start += kAttentionTile) {
+  for (int start = span.begin - span.begin % kAttentionTile; start < span.end;
+       start += kAttentionTile) {
     TilePages pages;
     pages.first = max_int(0, span.begin - start) / kSubPage;
     pages.last = (min_int(kAttentionTile, span.end - start) + kSubPage - 1) / kSubPage;
@@ -336,7 +357,8 @@ inline void attend(const AttentionParams& p) {
   for (int row0 = 0; row0 < total_rows; row0 += kAttentionRows) {
     const int rows = min_int(kAttentionRows, total_rows - row0);
     for (int r = 0; r < rows; ++r) {
-      const float* q = p.q + ((row0 + r) / p.group) * p.q_stride + ((row0 + r) % p.group) * head_dim;
+      const float* q =
+          p.q + ((row0 + r) / p.group) * p.q_stride + ((row0 + r) % p.group) * head_dim;
       Policy::prepare(q, factor, head_dim, Policy::queries(s) + r * Policy::query_stride(head_dim));
     }
     const StateView out{p.m + row0, p.l + row0, p.acc + static_cast<int64_t>(row0) * head_dim};
@@ -346,7 +368,8 @@ inline void attend(const AttentionParams& p) {
     const int prefetch_end = min_int(all.end, p.split_end * kAttentionSplit);
     bool empty = true;
     for (int split = p.split_begin; split < p.split_end; ++split) {
-      const Range span{max_int(all.begin, split * kAttentionSplit), min_int(all.end, (split + 1) * kAttentionSplit)};
+      const Range span{max_int(all.begin, split * kAttentionSplit),
+                       min_int(all.end, (split + 1) * kAttentionSplit)};
       if (span.begin >= span.end) continue;
       if (empty) {  // merge(nothing, state) is the state
         attend_split<Policy>(p, s, row0, rows, span, prefetch_end, out);
@@ -356,8 +379,8 @@ inline void attend(const AttentionParams& p) {
       clear_state(fresh, rows, head_dim);
       attend_split<Policy>(p, s, row0, rows, span, prefetch_end, fresh);
       for (int r = 0; r < rows; ++r) {
-        merge_state(&out.m[r], &out.l[r], out.acc + r * head_dim, fresh.m[r], fresh.l[r], fresh.acc + r * head_dim,
-                    head_dim);
+        merge_state(&out.m[r], &out.l[r], out.acc + r * head_dim, fresh.m[r], fresh.l[r],
+                    fresh.acc + r * head_dim, head_dim);
       }
     }
   }

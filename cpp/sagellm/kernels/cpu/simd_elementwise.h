@@ -1,8 +1,9 @@
 // Element-wise kernels over vector registers, written once for every SIMD instruction set.
 //
-// Include after the folder's vmath.h and simd_math.h. A tail shorter than a register goes through the same vector
-// code on a zero-padded copy, so an element's result depends on its inputs only and never on its place in the array
-// or on how threads share the array. Sums run in an order fixed by n alone.
+// Include after the folder's vmath.h and simd_math.h. A tail shorter than a register goes through
+// the same vector code on a zero-padded copy, so an element's result depends on its inputs only and
+// never on its place in the array or on how threads share the array. Sums run in an order fixed by
+// n alone.
 #pragma once
 
 namespace sagellm::kernels {
@@ -102,7 +103,8 @@ void softcap(float* x, float cap, int64_t n) {
 void argmax(const float* x, int64_t n, float* value, int32_t* index) {
   Vec best = set(-__builtin_inff());
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) best = max(load(x + i), best);  // a NaN leaves `best` as it is
+  for (; i + kLanes <= n; i += kLanes)
+    best = max(load(x + i), best);  // a NaN leaves `best` as it is
   float largest = reduce_max(best);
   for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
 
@@ -131,7 +133,8 @@ double sum_exp(const float* x, float largest, int64_t n) {
   return double_reduce(sums);
 }
 
-/// Writes one token's K column and V row of a sub-page. `k` and `v` are rounded to nearest-even bfloat16.
+/// Writes one token's K column and V row of a sub-page. `k` and `v` are rounded to nearest-even
+/// bfloat16.
 inline void write_token(uint16_t* page, int slot, int head_dim, const float* k, const float* v) {
   alignas(64) uint16_t rounded[kMaxHeadDim];
   to_bf16(k, rounded, head_dim);
@@ -140,11 +143,13 @@ inline void write_token(uint16_t* page, int slot, int head_dim, const float* k, 
     key[i * 2 * kSubPage] = rounded[2 * i];
     key[i * 2 * kSubPage + 1] = rounded[2 * i + 1];
   }
-  uint16_t* value = page + kSubPage * head_dim + (slot / 2) * 2 * head_dim;  // [8 pairs][head_dim][2]
+  uint16_t* value =
+      page + kSubPage * head_dim + (slot / 2) * 2 * head_dim;  // [8 pairs][head_dim][2]
   for (int d = 0; d < head_dim; d += kLanes) {
     const IntVec even_or_odd = round_bf16(load(v + d));
     uint16_t* pair = value + 2 * d;
-    store_pairs(pair, slot % 2 == 0 ? even_or_odd : or_high16(keep_bits(load_pairs(pair), 0xffffu), even_or_odd));
+    store_pairs(pair, slot % 2 == 0 ? even_or_odd
+                                    : or_high16(keep_bits(load_pairs(pair), 0xffffu), even_or_odd));
   }
 }
 
@@ -154,7 +159,8 @@ void kv_write(const KvWriteParams& p) {
     const int position = p.first_position + t;
     const int in_block = position % p.kv.block_size;
     uint16_t* page = p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
-                     p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * head_dim);
+                     p.kv_head * p.kv.head_stride +
+                     (in_block / kSubPage) * (2 * kSubPage * head_dim);
     write_token(page, in_block % kSubPage, head_dim, p.k + t * p.stride, p.v + t * p.stride);
   }
 }

@@ -1,9 +1,11 @@
 // Elementary functions over one vector register, written once for every SIMD instruction set.
 //
-// Include after the folder's vmath.h, which supplies the primitives (Vec, IntVec, Mask, kLanes, load, fma, ...).
-// Everything is in an anonymous namespace: an ISA object must not define symbols that another one could share.
+// Include after the folder's vmath.h, which supplies the primitives (Vec, IntVec, Mask, kLanes,
+// load, fma, ...). Everything is in an anonymous namespace: an ISA object must not define symbols
+// that another one could share.
 //
-// Accuracy (tests/kernels/test_elementwise.py): exp2, exp, tanh within 3e-7 relative; NaN propagates.
+// Accuracy (tests/kernels/test_elementwise.py): exp2, exp, tanh within 3e-7 relative; NaN
+// propagates.
 #pragma once
 
 namespace sagellm::kernels {
@@ -11,11 +13,12 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLog2ELow = 1.92596299112661e-8f;  // log2(e) - kLog2E
-constexpr float kLogMin = -87.33f;                 // exp() below this is taken as exp(kLogMin), about 2^-126
+constexpr float kLogMin = -87.33f;  // exp() below this is taken as exp(kLogMin), about 2^-126
 constexpr float kLogMax = 88.02f;
 
-/// 2^(fraction + exponent): minimax polynomial of degree 6 on [-0.5, 0.5] (2e-9 relative, exactly 1 at 0),
-/// then an integer addition to the exponent field. NaN in `fraction` survives (the exponent of NaN is 0 mod 2^9).
+/// 2^(fraction + exponent): minimax polynomial of degree 6 on [-0.5, 0.5] (2e-9 relative, exactly 1
+/// at 0), then an integer addition to the exponent field. NaN in `fraction` survives (the exponent
+/// of NaN is 0 mod 2^9).
 inline Vec exp2_reduced(Vec fraction, IntVec exponent) {
   Vec p = set(1.5353362e-4f);
   p = fma(p, fraction, set(1.3398874e-3f));
@@ -34,8 +37,8 @@ inline Vec exp2(Vec x) {
   return exp2_reduced(sub(x, to_float(n)), n);
 }
 
-/// e^x with x clamped to [kLogMin, kLogMax]. The reduced argument is computed with two fma, so that the result
-/// stays accurate for large |x|.
+/// e^x with x clamped to [kLogMin, kLogMax]. The reduced argument is computed with two fma, so that
+/// the result stays accurate for large |x|.
 inline Vec exp(Vec x) {
   x = min(set(kLogMax), max(set(kLogMin), x));
   const IntVec n = round_to_int(mul(x, set(kLog2E)));
@@ -44,7 +47,8 @@ inline Vec exp(Vec x) {
   return exp2_reduced(f, n);
 }
 
-/// tanh(x): odd polynomial below 0.625 (4e-9 relative), (1 - e) / (1 + e) with e = exp(-2|x|) above.
+/// tanh(x): odd polynomial below 0.625 (4e-9 relative), (1 - e) / (1 + e) with e = exp(-2|x|)
+/// above.
 inline Vec tanh(Vec x) {
   const Vec a = abs(x);
   const Vec x2 = mul(x, x);
@@ -59,7 +63,8 @@ inline Vec tanh(Vec x) {
   return select(less(a, set(0.625f)), small, large);
 }
 
-/// x / (1 + exp(-y)), without cancellation or overflow. A gate closed beyond float range gives 0, also for x = -inf.
+/// x / (1 + exp(-y)), without cancellation or overflow. A gate closed beyond float range gives 0,
+/// also for x = -inf.
 inline Vec gate(Vec x, Vec y) {
   const Vec e = exp(negate(abs(y)));
   const Vec numerator = select(less(y, zero()), e, set(1.f));

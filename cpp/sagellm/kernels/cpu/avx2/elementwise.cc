@@ -2,12 +2,12 @@
 #include "attention.h"
 #include "sagellm/kernels/cpu/isa_tables.h"
 #include "sagellm/kernels/params.h"
-//
+
+// clang-format off: each of these builds on the ones before
 #include "vmath.h"
-//
 #include "../simd_math.h"
-//
 #include "../simd_elementwise.h"
+// clang-format on
 
 namespace sagellm::kernels {
 

@@ -81,8 +81,38 @@ void quantize_rows(const QuantizeParams& p) {
 
 void quantize(const QuantizeParams& p) { return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p); }
 
+/// 8 floats as bfloat16 in the low half of each lane: nearest even, NaN stays NaN.
+__m256i round_bf16(const float* x) {
+  const __m256 value = _mm256_loadu_ps(x);
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+}
+
+void to_bf16(const float* x, uint16_t* out, int64_t n) {
+  const auto store16 = [](uint16_t* to, __m256i low, __m256i high) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store16(out + i, round_bf16(x + i), round_bf16(x + i + 8));
+  if (i < n) {
+    float rest[16] = {};
+    uint16_t rounded[16];
+    for (int64_t j = i; j < n; ++j) rest[j - i] = x[j];
+    store16(rounded, round_bf16(rest), round_bf16(rest + 8));
+    for (int64_t j = i; j < n; ++j) out[j] = rounded[j - i];
+  }
+}
+
 }  // namespace
 
-void fill_quantize_avx2(KernelTable& table) { table.quantize = quantize; }
+void fill_quantize_avx2(KernelTable& table) {
+  table.quantize = quantize;
+  table.to_bf16 = to_bf16;
+}
 
 }  // namespace sagellm::kernels

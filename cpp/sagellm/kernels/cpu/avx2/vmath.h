@@ -1,4 +1,5 @@
-// AVX2 primitives: the vector vocabulary that simd_math.h, simd_elementwise.h and simd_attention.h are written in.
+// AVX2 primitives: the vector vocabulary that simd_math.h, simd_elementwise.h and simd_attention.h
+// are written in.
 #pragma once
 
 #include <immintrin.h>
@@ -24,7 +25,7 @@ inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a*b
-inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }               // b when either is NaN
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }                // b when either is NaN
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
 inline Vec negate(Vec a) { return _mm256_xor_ps(_mm256_set1_ps(-0.f), a); }
@@ -40,28 +41,36 @@ inline unsigned equal_bits(Vec a, Vec b) {
 }
 /// Lane i is on when begin <= first + i < end.
 inline Mask range_mask(int first, int begin, int end) {
-  const __m256i index = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const __m256i index =
+      _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), index);
-  return _mm256_castsi256_ps(_mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), index)));
+  return _mm256_castsi256_ps(
+      _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), index)));
 }
 
-inline IntVec round_to_int(Vec a) { return _mm256_cvtps_epi32(a); }  // to nearest even; NaN gives INT_MIN
+inline IntVec round_to_int(Vec a) {
+  return _mm256_cvtps_epi32(a);
+}  // to nearest even; NaN gives INT_MIN
 inline Vec to_float(IntVec a) { return _mm256_cvtepi32_ps(a); }
 inline Vec add_to_exponent(Vec a, IntVec n) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(n, 23)));
 }
 
 // bfloat16 pairs: a 32-bit lane holds the even element in its low half.
-inline IntVec load_pairs(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline IntVec load_pairs(const uint16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 inline Vec even_element(IntVec pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 inline Vec odd_element(IntVec pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline IntVec keep_bits(IntVec a, uint32_t bits) {
   return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(bits)));
 }
 
-/// Rounds to bfloat16 (nearest even, NaN stays NaN), one per lane in the low half, the high half cleared.
+/// Rounds to bfloat16 (nearest even, NaN stays NaN), one per lane in the low half, the high half
+/// cleared.
 inline IntVec round_bf16(Vec x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -75,8 +84,12 @@ inline void store_low16(uint16_t* p, IntVec v) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
-inline void store_pairs(uint16_t* p, IntVec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-inline IntVec or_high16(IntVec low, IntVec value16) { return _mm256_or_si256(low, _mm256_slli_epi32(value16, 16)); }
+inline void store_pairs(uint16_t* p, IntVec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+}
+inline IntVec or_high16(IntVec low, IntVec value16) {
+  return _mm256_or_si256(low, _mm256_slli_epi32(value16, 16));
+}
 
 /// Fixed reduction trees: (i, i+4), (i, i+2), (0, 1).
 inline float reduce_add(Vec v) {

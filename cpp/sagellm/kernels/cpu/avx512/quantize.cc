@@ -56,6 +56,6 @@ void quantize(const QuantizeParams& p) { return p.q_lo != nullptr ? quantize_row
 
 }  // namespace
 
-void fill_quantize_avx512(KernelTable& table) { table.quantize = quantize; }
+void fill_quantize_avx512(KernelTable& table) { table.quantize = quantize; }  // to_bf16: that of avx2
 
 }  // namespace sagellm::kernels

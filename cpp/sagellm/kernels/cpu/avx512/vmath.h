@@ -1,10 +1,10 @@
 // AVX-512 primitives: the same vocabulary as avx2/vmath.h, 16 lanes wide.
 #pragma once
 
-#include "simd.h"
-
 #include <cstddef>
 #include <cstdint>
+
+#include "simd.h"
 
 namespace sagellm::kernels {
 namespace {
@@ -27,9 +27,11 @@ inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
-inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }               // b when either is NaN
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }                // b when either is NaN
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-inline Vec abs(Vec a) { return as_float(_mm512_and_si512(bits_of(a), _mm512_set1_epi32(0x7fffffff))); }
+inline Vec abs(Vec a) {
+  return as_float(_mm512_and_si512(bits_of(a), _mm512_set1_epi32(0x7fffffff)));
+}
 inline Vec negate(Vec a) {
   return as_float(_mm512_xor_si512(bits_of(a), _mm512_set1_epi32(static_cast<int>(0x80000000u))));
 }
@@ -49,9 +51,13 @@ inline Mask range_mask(int first, int begin, int end) {
   return static_cast<Mask>(((1u << to) - 1u) & ~((1u << from) - 1u));
 }
 
-inline IntVec round_to_int(Vec a) { return _mm512_cvtps_epi32(a); }  // to nearest even; NaN gives INT_MIN
+inline IntVec round_to_int(Vec a) {
+  return _mm512_cvtps_epi32(a);
+}  // to nearest even; NaN gives INT_MIN
 inline Vec to_float(IntVec a) { return _mm512_cvtepi32_ps(a); }
-inline Vec add_to_exponent(Vec a, IntVec n) { return as_float(_mm512_add_epi32(bits_of(a), _mm512_slli_epi32(n, 23))); }
+inline Vec add_to_exponent(Vec a, IntVec n) {
+  return as_float(_mm512_add_epi32(bits_of(a), _mm512_slli_epi32(n, 23)));
+}
 
 // bfloat16 pairs: a 32-bit lane holds the even element in its low half.
 inline IntVec load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
@@ -59,9 +65,12 @@ inline Vec even_element(IntVec pairs) { return as_float(_mm512_slli_epi32(pairs,
 inline Vec odd_element(IntVec pairs) {
   return as_float(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-inline IntVec keep_bits(IntVec a, uint32_t bits) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(bits))); }
+inline IntVec keep_bits(IntVec a, uint32_t bits) {
+  return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(bits)));
+}
 
-/// Rounds to bfloat16 (nearest even, NaN stays NaN), one per lane in the low half, the high half cleared.
+/// Rounds to bfloat16 (nearest even, NaN stays NaN), one per lane in the low half, the high half
+/// cleared.
 inline IntVec round_bf16(Vec x) {
   const IntVec u = bits_of(x);
   const IntVec odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -75,7 +84,9 @@ inline void store_low16(uint16_t* p, IntVec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
 }
 inline void store_pairs(uint16_t* p, IntVec v) { _mm512_storeu_si512(p, v); }
-inline IntVec or_high16(IntVec low, IntVec value16) { return _mm512_or_si512(low, _mm512_slli_epi32(value16, 16)); }
+inline IntVec or_high16(IntVec low, IntVec value16) {
+  return _mm512_or_si512(low, _mm512_slli_epi32(value16, 16));
+}
 
 inline __m256 low_half(Vec v) { return _mm512_castps512_ps256(v); }
 inline __m256 high_half(Vec v) {
@@ -113,7 +124,8 @@ inline DoubleSums double_add(DoubleSums s, Vec v) {
 }
 inline double double_reduce(DoubleSums s) {
   double lane[4];
-  _mm256_storeu_pd(lane, _mm256_add_pd(_mm256_add_pd(s.part[0], s.part[1]), _mm256_add_pd(s.part[2], s.part[3])));
+  _mm256_storeu_pd(lane, _mm256_add_pd(_mm256_add_pd(s.part[0], s.part[1]),
+                                       _mm256_add_pd(s.part[2], s.part[3])));
   return (lane[0] + lane[1]) + (lane[2] + lane[3]);
 }
 

@@ -1,17 +1,20 @@
-// AVX512_BF16 attention: scaled queries and softmax weights are rounded to bfloat16 and multiplied in pairs.
+// AVX512_BF16 attention: scaled queries and softmax weights are rounded to bfloat16 and multiplied
+// in pairs.
 #include "attention.h"
+#include "sagellm/kernels/params.h"
 
+// clang-format off: each of these builds on the ones before
 #include "vmath_bf16.h"
-//
 #include "../simd_math.h"
-//
 #include "../simd_attention.h"
+// clang-format on
 
 namespace sagellm::kernels {
 namespace {
 
-/// A score is two chains over the pairs of dimensions, even and odd pairs, then their sum; an output is one chain over
-/// the token pairs. One lane of vdpbf16ps adds the odd product after the even one.
+/// A score is two chains over the pairs of dimensions, even and odd pairs, then their sum; an
+/// output is one chain over the token pairs. One lane of vdpbf16ps adds the odd product after the
+/// even one.
 struct PairPolicy {
   using Query = uint16_t;
   using Weight = uint16_t;
@@ -27,10 +30,16 @@ struct PairPolicy {
   }
 
   static Weight* weights(AttentionScratch& s) { return s.weights16; }
-  static void store_weights(Weight* out, Vec p) { store_bf16(out, p); }
+  static Vec store_weights(Weight* out, Vec p) {
+    const Vec rounded =
+        round_positive_bf16(p);  // summed as rounded, so that the weights add up to one
+    store_bf16(out, rounded);
+    return rounded;
+  }
 
   template <int kRows, bool kPrefetch>
-  static void score(const Query* q, const uint16_t* page, const uint16_t* ahead, int head_dim, float* out) {
+  static void score(const Query* q, const uint16_t* page, const uint16_t* ahead, int head_dim,
+                    float* out) {
     Vec first[kRows], second[kRows];
     for (int r = 0; r < kRows; ++r) first[r] = second[r] = zero();
     for (int d = 0; d < head_dim; d += 4) {

@@ -15,6 +15,10 @@ inline IntVec broadcast_pair(const uint16_t* p) {
   __builtin_memcpy(&pair, p, sizeof(pair));
   return _mm512_set1_epi32(pair);
 }
+/// Nearest bfloat16 value of x >= 0, ties upwards; NaN stays NaN.
+inline Vec round_positive_bf16(Vec x) {
+  return as_float(keep_bits(_mm512_add_epi32(bits_of(x), _mm512_set1_epi32(0x8000)), 0xffff0000u));
+}
 /// Rounds 16 floats to bfloat16 (nearest even).
 inline void store_bf16(uint16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));

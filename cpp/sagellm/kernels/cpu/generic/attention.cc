@@ -13,7 +13,8 @@ struct AttentionScratch {
   float acc[kMaxHeadDim];
 };
 
-/// Online-softmax state of one row: m the largest score so far, l the sum of 2^(score - m), acc that of 2^(...) v.
+/// Online-softmax state of one row: m the largest score so far, l the sum of 2^(score - m), acc
+/// that of 2^(...) v.
 struct State {
   float m;
   float l;
@@ -43,8 +44,8 @@ void merge(State& a, const State& b, int head_dim) {
 
 const uint16_t* sub_page(const AttentionParams& p, int position) {
   const int in_block = position % p.kv.block_size;
-  return p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride + p.kv_head * p.kv.head_stride +
-         (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
+  return p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
+         p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
 }
 
 /// Folds the tokens [begin, end), all of one tile, into the state.
@@ -58,7 +59,8 @@ void add_tile(const AttentionParams& p, const float* q, int begin, int end, Stat
     float* s = scores + (position - tile);
     for (int t = 0; t < kSubPage; ++t) s[t] = 0.f;
     for (int i = 0; i < head_dim / 2; ++i, key += 2 * kSubPage) {
-      for (int t = 0; t < kSubPage; ++t) {  // tokens outside [begin, end) may hold anything; nobody reads their score
+      for (int t = 0; t < kSubPage;
+           ++t) {  // tokens outside [begin, end) may hold anything; nobody reads their score
         s[t] += q[2 * i] * bf16_to_float(key[2 * t]);
         s[t] += q[2 * i + 1] * bf16_to_float(key[2 * t + 1]);
       }
@@ -92,13 +94,15 @@ void attend_row(const AttentionParams& p, int row, AttentionScratch& scratch) {
   const int visible_begin = p.window > 0 && position >= p.window ? position - p.window + 1 : 0;
   const int visible_end = position + 1;
 
-  const float factor = p.softcap > 0.f ? p.scale : p.scale * kLog2E;  // scores live in the base-2 domain
+  const float factor =
+      p.softcap > 0.f ? p.scale : p.scale * kLog2E;  // scores live in the base-2 domain
   const float* q = p.q + (row / p.group) * p.q_stride + (row % p.group) * head_dim;
   for (int d = 0; d < head_dim; ++d) scratch.q[d] = q[d] * factor;
 
   State total = empty_state(p.acc + static_cast<int64_t>(row) * head_dim, head_dim);
   for (int split = p.split_begin; split < p.split_end; ++split) {
-    const int begin = visible_begin > split * kAttentionSplit ? visible_begin : split * kAttentionSplit;
+    const int begin =
+        visible_begin > split * kAttentionSplit ? visible_begin : split * kAttentionSplit;
     const int limit = (split + 1) * kAttentionSplit;
     const int end = visible_end < limit ? visible_end : limit;
     State state = empty_state(scratch.acc, head_dim);
@@ -121,8 +125,8 @@ void attention(const AttentionParams& p) {
 
 void attention_finish(const AttentionFinishParams& p) {
   for (int row = 0; row < p.rows; ++row) {
-    State total =
-        empty_state(p.out + (row / p.group) * p.out_stride + (row % p.group) * p.head_dim, p.head_dim);
+    State total = empty_state(p.out + (row / p.group) * p.out_stride + (row % p.group) * p.head_dim,
+                              p.head_dim);
     for (int i = 0; i < p.count; ++i) {
       const int64_t at = static_cast<int64_t>(i) * p.rows + row;
       merge(total, {p.m[at], p.l[at], const_cast<float*>(p.acc) + at * p.head_dim}, p.head_dim);

@@ -1,4 +1,5 @@
-// Element-wise kernels in plain C++: the specification of the SIMD ones, and the only ones on other machines.
+// Element-wise kernels in plain C++: the specification of the SIMD ones, and the only ones on other
+// machines.
 #include "attention.h"
 #include "sagellm/kernels/cpu/isa_tables.h"
 #include "sagellm/kernels/params.h"
@@ -8,14 +9,16 @@ namespace sagellm::kernels {
 namespace {
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
-  constexpr int kSums = 8;  // a fixed number of partial sums, so that the loop vectorises in a defined order
+  constexpr int kSums =
+      8;  // a fixed number of partial sums, so that the loop vectorises in a defined order
   float sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums) {
     for (int j = 0; j < kSums; ++j) sums[j] += x[i + j] * x[i + j];
   }
   for (int j = 0; i + j < n; ++j) sums[j] += x[i + j] * x[i + j];
-  const float total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  const float total =
+      ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
   const float factor = 1.f / __builtin_sqrtf(total / static_cast<float>(n) + eps);
   for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
 }
@@ -55,7 +58,8 @@ void kv_write(const KvWriteParams& p) {
     const int position = p.first_position + t;
     const int in_block = position % p.kv.block_size, slot = in_block % kSubPage;
     uint16_t* page = p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
-                     p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * head_dim);
+                     p.kv_head * p.kv.head_stride +
+                     (in_block / kSubPage) * (2 * kSubPage * head_dim);
     const float* k = p.k + t * p.stride;
     const float* v = p.v + t * p.stride;
     for (int d = 0; d < head_dim; ++d) {

@@ -62,8 +62,21 @@ void quantize_rows(const QuantizeParams& p) {
 
 void quantize(const QuantizeParams& p) { return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p); }
 
+/// Rounds to nearest even; NaN stays NaN.
+void to_bf16(const float* x, uint16_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = is_nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+    out[i] = static_cast<uint16_t>(rounded >> 16);
+  }
+}
+
 }  // namespace
 
-void fill_quantize_generic(KernelTable& table) { table.quantize = quantize; }
+void fill_quantize_generic(KernelTable& table) {
+  table.quantize = quantize;
+  table.to_bf16 = to_bf16;
+}
 
 }  // namespace sagellm::kernels

@@ -1,4 +1,5 @@
-// Elementary functions in plain C++, written so that a loop over them vectorises. Same polynomials as simd_math.h.
+// Elementary functions in plain C++, written so that a loop over them vectorises. Same polynomials
+// as simd_math.h.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +10,10 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLog2ELow = 1.92596299112661e-8f;  // log2(e) - kLog2E
-constexpr float kLogMin = -87.33f;                 // exp() below this is taken as exp(kLogMin), about 2^-126
+constexpr float kLogMin = -87.33f;  // exp() below this is taken as exp(kLogMin), about 2^-126
 constexpr float kLogMax = 88.02f;
-constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+constexpr float kRoundMagic =
+    12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
 
 inline uint32_t float_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float bits_float(uint32_t u) { return __builtin_bit_cast(float, u); }
@@ -25,7 +27,8 @@ inline uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((x != x ? (u | 0x00400000u) : rounded) >> 16);
 }
 
-/// 2^fraction * 2^n for |fraction| <= 0.5; `shifted` is n + kRoundMagic. Exactly 1 at 0, 2e-9 relative before rounding.
+/// 2^fraction * 2^n for |fraction| <= 0.5; `shifted` is n + kRoundMagic. Exactly 1 at 0, 2e-9
+/// relative before rounding.
 inline float exp2_reduced(float fraction, float shifted) {
   float p = 1.5353362e-4f;
   p = p * fraction + 1.3398874e-3f;
@@ -44,7 +47,8 @@ inline float exp2(float x) {
   return exp2_reduced(x - (shifted - kRoundMagic), shifted);
 }
 
-/// e^x with x clamped to [kLogMin, kLogMax]. Cody-Waite reduction: ln 2 in two parts, the first exact in products.
+/// e^x with x clamped to [kLogMin, kLogMax]. Cody-Waite reduction: ln 2 in two parts, the first
+/// exact in products.
 inline float exp(float x) {
   x = x < kLogMin ? kLogMin : x;
   x = x > kLogMax ? kLogMax : x;
@@ -68,7 +72,8 @@ inline float tanh(float x) {
   return a < 0.625f ? small : large;
 }
 
-/// x / (1 + exp(-y)), without cancellation or overflow. A gate closed beyond float range gives 0, also for x = -inf.
+/// x / (1 + exp(-y)), without cancellation or overflow. A gate closed beyond float range gives 0,
+/// also for x = -inf.
 inline float gate(float x, float y) {
   const float e = exp(-__builtin_fabsf(y));
   const float result = x * ((y < 0.f ? e : 1.f) / (1.f + e));

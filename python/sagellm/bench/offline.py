@@ -1,0 +1,233 @@
+"""A real model driven through the engine: prefill, decode, first token, memory, against the machine's bandwidth.
+
+Every repeat runs a prefill pass (all prompts, one token each), a bandwidth probe and a full pass, in this order, so that
+the probe is of the same minute as the figures. Prompts are random token ids, different in every repeat and stream: no
+prefix is ever shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm.bench import report
+from sagellm.engine.config import EngineConfig
+from sagellm.engine.engine import Engine
+from sagellm.engine.llm import new_request
+from sagellm.engine.loading import load_engine
+from sagellm.engine.memory import peak_memory_mb
+from sagellm.errors import InvalidArgumentError, SagellmError
+from sagellm.native import load_core
+
+_MIN_PROBE_BYTES = 64 << 20
+_HASH_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineResult:
+    """Medians over the repeats; ``spread`` is (max - min) / median of decode_tps.
+
+    Attributes:
+        prefill_tps: Prompt tokens per second, all streams.
+        decode_tps: Output tokens per second over all streams, once every stream decodes.
+        ttft_ms: Submission to the first token of the last stream.
+        startup_s: Process start to a loaded engine.
+        bytes_per_token: Weight bytes of one step divided by the streams, plus the KV bytes of one stream at its mean
+            context. None where the backend does not know.
+        decode_gbps: bytes_per_token * decode_tps, in 10^9.
+        probe_gbps: Read bandwidth over as many bytes as the weights, in the same minute; None without the native core.
+        logits_hash: SHA-256 (16 hex digits) of the float32 logits of a fixed prompt: equal hashes, equal bytes.
+    """
+
+    model: str
+    device: str
+    isa: str
+    precision: str
+    threads: int
+    streams: int
+    prompt_tokens: int
+    output_tokens: int
+    repeat: int
+    prefill_tps: float
+    decode_tps: float
+    decode_spread: float
+    ttft_ms: float
+    startup_s: float
+    peak_mem_mb: int
+    kv_mb: float
+    bytes_per_token: float | None
+    decode_gbps: float | None
+    probe_gbps: float | None
+    probe_percent: float | None
+    logits_hash: str
+
+
+def run(
+    model: Path,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    streams: int,
+    threads: int | None,
+    repeat: int,
+    precision: str | None,
+    device: str,
+) -> OfflineResult:
+    """Loads the model and measures it.
+
+    Raises:
+        InvalidArgumentError: The sizes exceed the model's context.
+    """
+    length = prompt_tokens + output_tokens
+    config = EngineConfig(
+        max_num_seqs=streams, max_batch_tokens=max(512, streams), kv_cache_tokens=streams * (length + 64)
+    )
+    engine = load_engine(model, config, device=device, threads=threads, precision=precision)
+    startup = _seconds_since_process_start()
+    if length > engine.capacity.max_model_len:
+        raise InvalidArgumentError(
+            f"{prompt_tokens} + {output_tokens} tokens exceed the context of {engine.capacity.max_model_len}"
+        )
+    try:
+        bench = _Bench(engine, prompt_tokens, output_tokens, streams)
+        logits_hash = hash_logits(engine)
+        bench.warm_up()
+        with report.progress() as bar:
+            task = bar.add_task("offline", total=repeat)
+            for _ in range(repeat):
+                bench.measure()
+                bar.advance(task)
+        return bench.result(model, startup, repeat, logits_hash)
+    finally:
+        engine.close()
+
+
+class _Bench:
+    def __init__(self, engine: Engine, prompt_tokens: int, output_tokens: int, streams: int) -> None:
+        self.engine = engine
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.streams = streams
+        self.threads = int(getattr(engine.runner, "threads", 1))
+        self.weight_bytes = getattr(engine.runner, "weight_bytes_per_token", None)
+        self.rng = np.random.default_rng(0)
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+        self.ttft: list[float] = []
+        self.probes: list[float] = []
+
+    def warm_up(self) -> None:
+        """One short pass: pages are touched, code is in the caches."""
+        self._pass(min(self.prompt_tokens, 64), min(self.output_tokens, 8))
+
+    def measure(self) -> None:
+        """One repeat."""
+        start, first, _ = self._pass(self.prompt_tokens, 1)
+        self.prefill.append(self.streams * self.prompt_tokens / (first - start))
+        self.ttft.append((first - start) * 1e3)
+        if self.weight_bytes is not None:
+            size = max(int(self.weight_bytes), _MIN_PROBE_BYTES)
+            self.probes.append(load_core().runtime.read_bandwidth(self.threads, size, 5) / 1e9)
+        _, _, rate = self._pass(self.prompt_tokens, self.output_tokens)
+        self.decode.append(rate)
+
+    def _pass(self, prompt_tokens: int, output_tokens: int) -> tuple[float, float, float]:
+        """Runs every stream once; returns its start, when the last stream had its first token, and tokens per second
+        from then to the end (0 when nothing was left)."""
+        engine = self.engine
+        vocab = engine.runner.config.vocab_size
+        start = time.perf_counter()
+        states = []
+        for _ in range(self.streams):
+            request = new_request(max_tokens=output_tokens, ignore_eos=True)
+            prompt: NDArray[np.int32] = self.rng.integers(0, vocab, prompt_tokens, dtype=np.int32)
+            state = engine.prepare(request, prompt)
+            engine.add(state)
+            states.append(state)
+        sequences = [state.sequences[0] for state in states]
+        while any(sequence.first_token_at is None for sequence in sequences):
+            self._step()
+        first = time.perf_counter()
+        before = sum(len(sequence.output_tokens) for sequence in sequences)
+        while engine.has_work:
+            self._step()
+        end = time.perf_counter()
+        count = sum(len(sequence.output_tokens) for sequence in sequences) - before
+        return start, first, count / (end - first) if count else 0.0
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if output.finished is not None and output.finished.error is not None:
+                raise SagellmError(output.finished.error.message)
+
+    def result(self, model: Path, startup: float, repeat: int, logits_hash: str) -> OfflineResult:
+        """Medians of what was measured."""
+        runner = self.engine.runner
+        decode = report.median(self.decode)
+        probe = report.median(self.probes) if self.probes else None
+        per_token = rate = None
+        if self.weight_bytes is not None:
+            per_token = self.weight_bytes / self.streams + self._kv_bytes_read()
+            rate = per_token * decode / 1e9
+        return OfflineResult(
+            model=model.name,
+            device=runner.device,
+            isa=str(getattr(runner, "isa", "")),
+            precision=str(getattr(runner, "precision", "float32")),
+            threads=self.threads,
+            streams=self.streams,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            repeat=repeat,
+            prefill_tps=report.median(self.prefill),
+            decode_tps=decode,
+            decode_spread=report.spread(self.decode),
+            ttft_ms=report.median(self.ttft),
+            startup_s=startup,
+            peak_mem_mb=peak_memory_mb(),
+            kv_mb=runner.memory["kv"] / 2**20,
+            bytes_per_token=per_token,
+            decode_gbps=rate,
+            probe_gbps=probe,
+            probe_percent=100 * rate / probe if rate is not None and probe else None,
+            logits_hash=logits_hash,
+        )
+
+    def _kv_bytes_read(self) -> float:
+        """KV bytes that one decode step of one stream reads, at the mean context of the run."""
+        config = self.engine.runner.config
+        context = self.prompt_tokens + self.output_tokens / 2
+        per_token = 4 * config.num_kv_heads * config.head_dim  # K and V, bf16
+        return float(
+            sum(per_token * (min(context, window) if window else context) for window in config.layer_windows)
+        )
+
+
+def hash_logits(engine: Engine) -> str:
+    """Fingerprint of the logits of a fixed prompt of 64 tokens."""
+    vocab = engine.runner.config.vocab_size
+    count = min(_HASH_TOKENS, engine.capacity.max_model_len)
+    ids = np.random.default_rng(0).integers(0, vocab, count, dtype=np.int32)
+    return hashlib.sha256(engine.logits(ids).tobytes()).hexdigest()[:16]
+
+
+def show(result: OfflineResult, *, as_json: bool) -> None:
+    """Prints the result."""
+    if as_json:
+        report.print_json(asdict(result))
+    else:
+        rows = [(name, value) for name, value in asdict(result).items() if value is not None]
+        report.print_table("offline", ("figure", "value"), rows)
+
+
+def _seconds_since_process_start() -> float:
+    """From the kernel's start time of this process, to 10 ms."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -1,4 +1,7 @@
-"""The error tree of sagellm. Every error that reaches a user is one of these and names its remedy."""
+"""The error tree of sagellm.
+
+Every error that reaches a user is one of these and names its remedy.
+"""
 
 from __future__ import annotations
 

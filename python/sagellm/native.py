@@ -18,6 +18,6 @@ def load_core() -> ModuleType:
         return importlib.import_module("sagellm._core")
     except ImportError as error:
         raise DeviceUnavailableError(
-            f"the native core is not installed ({error}); reinstall without SAGE_SKIP_C_EXTENSIONS, or choose "
-            "device 'reference'"
+            f"the native core is not installed ({error}); reinstall without "
+            "SAGE_SKIP_C_EXTENSIONS, or choose device 'reference'"
         ) from None

@@ -4,9 +4,12 @@ Run by hand (needs ``pip install torch==2.13.0 transformers gguf``):
 
     python tests/accuracy/compare_transformers.py PATH.gguf [--precision a15] [--json]
 
-transformers reads the GGUF file itself, so the tensor mapping, the dequantizer and the model are independent of
-ours. Reported per model: mean KL(reference || sagellm) over all positions in nats, top-1 agreement, perplexity of both
-on the same text, and how far 64 greedy tokens agree over 8 prompts. A greedy text may leave the reference after a near tie:
+transformers reads the GGUF file itself, so the tensor mapping, the dequantizer and the model are
+independent of
+ours. Reported per model: mean KL(reference || sagellm) over all positions in nats, top-1 agreement,
+perplexity of both
+on the same text, and how far 64 greedy tokens agree over 8 prompts. A greedy text may leave the
+reference after a near tie:
 ``first_gap`` is the reference's logit difference between both choices at the first disagreement.
 """
 
@@ -69,7 +72,9 @@ def compare_logits(model: torch.nn.Module, llm: LLM, ids: list[int]) -> dict[str
     }
 
 
-def compare_greedy(model: torch.nn.Module, llm: LLM, ids: list[int], count: int) -> dict[str, float]:
+def compare_greedy(
+    model: torch.nn.Module, llm: LLM, ids: list[int], count: int
+) -> dict[str, float]:
     """Agreement of ``count`` greedy tokens after ``ids``."""
     response = llm.generate([ids], max_tokens=count, temperature=None, ignore_eos=True)[0]
     ours = response.output_tokens
@@ -99,7 +104,8 @@ def main() -> None:
         report: dict[str, object] = {"model": args.gguf.name, "precision": args.precision}
         report.update(compare_logits(model, llm, ids))
         greedy = [
-            compare_greedy(model, llm, llm.tokenizer.encode(p, add_special=True), 64) for p in PROMPTS
+            compare_greedy(model, llm, llm.tokenizer.encode(p, add_special=True), 64)
+            for p in PROMPTS
         ]
     report["greedy_agree"] = float(np.mean([g["agree"] for g in greedy]))
     report["greedy"] = greedy

@@ -111,11 +111,9 @@ class Machine(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------------------------- rules
 
-    @rule(salt=st.integers(0, 1), prompt=INDEX, cut=INDEX, more=TOKENS, match=st.booleans())
-    def add(self, salt: int, prompt: int, cut: int, more: list[int], match: bool) -> None:
+    def start(self, salt: int, tokens: list[int], *, match: bool) -> int:
         sequence_id = self.new_id()
         self.both(lambda c: c.add(sequence_id, salt))
-        tokens = self.prompts[prompt % len(self.prompts)][: cut * 2] + more
         num_cached = 0
         if match:
             num_cached = self.both(lambda c: c.match_prefix(sequence_id, array(tokens)))
@@ -123,17 +121,38 @@ class Machine(RuleBasedStateMachine):
             assert num_cached <= max(0, len(tokens) - 1)
         self.tokens[sequence_id] = tokens[:num_cached]
         self.salts[sequence_id] = salt
+        return sequence_id
+
+    @rule(salt=st.integers(0, 1), prompt=INDEX, cut=INDEX, more=TOKENS, match=st.booleans())
+    def add(self, salt: int, prompt: int, cut: int, more: list[int], match: bool) -> None:
+        tokens = self.prompts[prompt % len(self.prompts)][: cut * 2] + more
+        self.start(salt, tokens, match=match)
+
+    @rule(recent=INDEX, more=TOKENS, chunk=st.integers(1, 8), end=st.booleans())
+    def request(self, recent: int, more: list[int], chunk: int, end: bool) -> None:
+        """A recent prompt, as it was or longer, computed in chunks as far as there is room."""
+        tokens = self.prompts[-1 - recent % len(self.prompts)] + more[:recent]
+        sequence_id = self.start(0, tokens, match=True)
+        while len(self.tokens[sequence_id]) < len(tokens):
+            done = len(self.tokens[sequence_id])
+            if not self.advance(sequence_id, tokens[done : done + chunk], 0):
+                break
+        if end:
+            self.both(lambda c: c.release(sequence_id))
+            del self.tokens[sequence_id]
 
     @precondition(lambda self: self.tokens)
     @rule(index=INDEX, more=TOKENS, extra=st.integers(0, 5))
     def compute(self, index: int, more: list[int], extra: int) -> None:
+        self.advance(self.pick(index), more, extra)
+
+    def advance(self, sequence_id: int, more: list[int], extra: int) -> bool:
         """One engine step of one sequence, with `extra` positions reserved but not computed."""
-        sequence_id = self.pick(index)
         tokens = self.tokens[sequence_id] + more
         before = self.snapshot()
         if not self.both(lambda c: c.reserve(sequence_id, len(tokens) + extra)):
             assert self.snapshot() == before
-            return
+            return False
         self.run_copies()
         tables = self.native.block_tables([sequence_id])
         for position in range(len(self.tokens[sequence_id]), len(tokens)):
@@ -144,6 +163,7 @@ class Machine(RuleBasedStateMachine):
         self.tokens[sequence_id] = tokens
         self.prompts.append(tokens)
         self.check_contents()
+        return True
 
     @precondition(lambda self: self.tokens)
     @rule(index=INDEX, more=st.integers(0, 20))

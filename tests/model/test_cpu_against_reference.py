@@ -1,4 +1,5 @@
-"""The native decoder against the NumPy reference on the same files: every architecture, every format."""
+"""The native decoder against the NumPy reference on the same files: every architecture, every
+format."""
 
 from __future__ import annotations
 

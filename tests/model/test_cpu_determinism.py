@@ -1,4 +1,5 @@
-"""The determinism contract on the native core, byte for byte: a request's logits and tokens do not depend on
+"""The determinism contract on the native core, byte for byte: a request's logits and tokens do not
+depend on
 what runs beside it, on chunking, on cached prefixes, on preemption or on the number of threads."""
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from make_tiny import make_tiny_gguf
 from sagellm import LLM
 
 OUTPUT_TOKENS = 12
-CASES = (("llama", "Q4_1"), ("qwen2", "Q8_0"), ("gemma3", "BF16"), ("gemma2", "Q5_0"), ("llama", "Q4_K"))
+CASES = (
+    ("llama", "Q4_1"),
+    ("qwen2", "Q8_0"),
+    ("gemma3", "BF16"),
+    ("gemma2", "Q5_0"),
+    ("llama", "Q4_K"),
+)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
@@ -70,7 +77,9 @@ def test_logits_do_not_depend_on_a_cached_prefix(model: Path) -> None:
     with load(model) as llm:
         cold = llm.logits(ids[:100]).tobytes()
         llm.generate([ids[:150]], max_tokens=4, ignore_eos=True)
-        first, again = llm.generate([ids, ids], max_tokens=OUTPUT_TOKENS, logprobs=3, ignore_eos=True)
+        first, again = llm.generate(
+            [ids, ids], max_tokens=OUTPUT_TOKENS, logprobs=3, ignore_eos=True
+        )
         assert first.output_tokens == again.output_tokens
         assert llm.stats().kv.prefix_hit_tokens > 0
         assert llm.logits(ids[:100]).tobytes() == cold

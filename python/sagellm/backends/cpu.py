@@ -36,7 +36,8 @@ class CpuRunner:
         checkpoint: An opened model; its files stay mapped while the runner lives.
         threads: Worker threads; None takes every CPU of the process.
         max_batch_tokens: Largest number of tokens in one step.
-        precision: ``a8`` multiplies quantized weights with int8 activations (one scale per 32 values); ``a15`` with
+        precision: ``a8`` multiplies quantized weights with int8 activations (one scale per 32
+            values); ``a15`` with
             15-bit ones, closer to float32 at about half the prefill speed.
         isa: Forces an instruction-set path; None takes the best (or ``SAGELLM_CPU_ISA``).
 
@@ -75,14 +76,17 @@ class CpuRunner:
 
     @property
     def config(self) -> ModelConfig:
+        """Shape of the model."""
         return self._config
 
     @property
     def kv_groups(self) -> tuple[KvGroup, ...]:
+        """Layers that share block tables."""
         return self._groups
 
     @property
     def device(self) -> str:
+        """``cpu``."""
         return "cpu"
 
     @property
@@ -107,6 +111,7 @@ class CpuRunner:
 
     @property
     def memory(self) -> dict[str, int]:
+        """Ledger of bytes: ``weights``, ``kv``, ``workspace``."""
         return {
             "weights": int(self._decoder.weight_bytes),
             "kv": self._kv_bytes,
@@ -146,6 +151,7 @@ class CpuRunner:
         *,
         return_logits: bool = False,
     ) -> StepOutput:
+        """Runs one forward pass in one native call; see ``ModelRunner.step``."""
         rows, logits = self._decoder.step(
             batch.token_ids,
             batch.positions,
@@ -159,6 +165,7 @@ class CpuRunner:
         return StepOutput(rows=tuple(_sampled(rows)), logits=logits)
 
     def close(self) -> None:
+        """Frees weights and KV pages; the runner is unusable afterwards."""
         del self._decoder
 
 

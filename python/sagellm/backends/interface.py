@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ class ForwardBatch:
     Attributes:
         token_ids: ``[T]`` int32, sequences one after another.
         positions: ``[T]`` int32, consecutive within a sequence.
-        query_starts: ``[S + 1]`` int32; sequence ``s`` owns tokens ``query_starts[s]:query_starts[s+1]``.
+        query_starts: ``[S + 1]`` int32; sequence ``s`` owns tokens
+            ``query_starts[s]:query_starts[s+1]``.
         block_tables: ``[G, S, B]`` int32, 0-padded, one plane per KV group.
         block_copies: ``[C, 2]`` int32 (source, destination), run before anything else.
         logit_rows: ``[R]`` int32 indices into the T tokens, ascending.
@@ -33,25 +34,31 @@ class ForwardBatch:
     logit_rows: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: built for every token
 class SamplingRow:
-    """How to choose one token. All values are validated; the rule is applied in the order of the attributes.
+    """How to choose one token. The rule, with values already validated:
 
     1. ``bias_ids/bias_values`` are added to the logits.
-    2. ``repetition_penalty`` p: for ids in ``history`` (prompt + output), logit > 0 ? logit / p : logit * p.
-    3. ``presence_penalty`` and ``frequency_penalty`` over ``history[prompt_length:]`` (output only).
-    4. ``allowed``: bits of permitted ids (grammar), uint32 ``[ceil(vocab/32)]``, little-endian bit order; None = all.
-    5. ``temperature`` 0 is greedy: the largest logit, lowest id on a tie. Otherwise logits / temperature, then
-    6. ``top_k`` (0 = off; ties at the threshold are kept lowest id first), ``top_p`` over the renormalised rest
-       (smallest set of largest probabilities whose sum reaches top_p; at least one), ``min_p`` times the largest.
+    2. ``repetition_penalty`` p: for ids in ``history`` (prompt and output), a positive logit is
+       divided by p, another one multiplied.
+    3. ``presence_penalty`` and ``frequency_penalty`` over ``history[prompt_length:]`` (output).
+    4. ``allowed``: bits of permitted ids (grammar), uint32 ``[ceil(vocab/32)]``, little-endian bit
+       order; None allows all.
+    5. ``temperature`` 0 is greedy: the largest logit, lowest id on a tie. Otherwise the logits are
+       divided by it.
+    6. ``top_k`` (0 = off; ties at the threshold are kept lowest id first), ``top_p`` over the
+       renormalised rest (smallest set of largest probabilities whose sum reaches top_p; at least
+       one), ``min_p`` times the largest.
     7. Inverse-CDF draw over the survivors in ascending id order, in float64, with
-       ``u = splitmix64(seed + 0x9E3779B97F4A7C15 * (position + 1)) >> 11) * 2**-53``, position = index of the
-       token being drawn. The first id whose cumulative weight exceeds u * total is taken.
+       ``u = (splitmix64(seed + 0x9E3779B97F4A7C15 * (position + 1)) >> 11) * 2**-53``, position
+       being the index of the token drawn. The first id whose cumulative weight exceeds u * total
+       is taken.
 
     Log-probabilities are those of the raw logits (before step 1), natural logarithm.
 
     Attributes:
-        num_logprobs: -1 none; 0 the chosen token's only; n > 0 also the n most likely (ties: lowest id).
+        num_logprobs: -1 none; 0 the chosen token's only; n > 0 also the n most likely (ties: lowest
+        id).
         history: May be None when no penalty needs it.
     """
 
@@ -72,7 +79,7 @@ class SamplingRow:
     num_logprobs: int = -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: built for every token
 class SampledRow:
     """The outcome of one SamplingRow."""
 
@@ -85,20 +92,27 @@ class SampledRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """Result of one step: one SampledRow per logit row (empty when no sampling was asked), optional logits."""
+    """Result of one step.
+
+    Attributes:
+        rows: One per logit row; empty when no sampling was asked.
+        logits: ``[R, vocab]`` float32 when asked for.
+    """
 
     rows: tuple[SampledRow, ...] = ()
-    logits: NDArray[np.float32] | None = None  # [R, vocab] when asked for
+    logits: NDArray[np.float32] | None = None
 
 
 class ModelRunner(Protocol):
     """A loaded model on a device, with its KV storage."""
 
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
 
     @property
-    def kv_groups(self) -> tuple[KvGroup, ...]: ...
+    def kv_groups(self) -> tuple[KvGroup, ...]:
+        """Layers that share block tables."""
 
     @property
     def device(self) -> str:
@@ -114,7 +128,7 @@ class ModelRunner(Protocol):
     def allocate_kv(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
     ) -> KvCache:
-        """Creates KV storage of ``num_blocks`` usable blocks and the cache that manages it. Called once."""
+        """Creates storage of ``num_blocks`` usable blocks and the cache that manages it. Once."""
 
     def step(
         self,

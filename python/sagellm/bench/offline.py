@@ -139,7 +139,8 @@ class _Bench:
 
     def _pass(self, prompt_tokens: int, output_tokens: int) -> tuple[float, float, float]:
         """Runs every stream once; returns its start, when the last stream had its first token, and tokens per second
-        from then to the end (0 when nothing was left)."""
+        from then to the end (0 when nothing was left).
+        """
         engine = self.engine
         vocab = engine.runner.config.vocab_size
         start = time.perf_counter()

@@ -13,14 +13,16 @@ class RopeConfig:
     Attributes:
         theta: Base of the geometric frequency sequence.
         dim: Rotated values per head; even, at most head_dim.
-        kind: Scaling rule. ``linear`` divides frequencies by ``factor``; ``llama3`` and ``yarn`` follow
+        kind: Scaling rule. ``linear`` divides frequencies by ``factor``; ``llama3`` and ``yarn``
+            follow
             Meta's Llama 3.1 reference and Peng et al. 2023 (arXiv 2309.00071).
         factor: Context extension factor.
         original_max_position: Context length before extension (llama3, yarn).
         low_freq_factor, high_freq_factor: llama3 band limits.
         beta_fast, beta_slow: yarn band limits, in rotations.
         attention_factor: Multiplies cos and sin (yarn mscale); 1 otherwise.
-        freq_factors: Per-frequency divisors stored in a checkpoint (GGUF ``rope_freqs``); empty if none.
+        freq_factors: Per-frequency divisors stored in a checkpoint (GGUF ``rope_freqs``); empty if
+            none.
     """
 
     theta: float
@@ -41,7 +43,8 @@ class ModelConfig:
     """A dense decoder: what the native core and the reference backend need to run it.
 
     Attributes:
-        architecture: ``llama``, ``qwen2``, ``qwen3``, ``gemma2`` or ``gemma3`` (Mistral is ``llama``).
+        architecture: ``llama``, ``qwen2``, ``qwen3``, ``gemma2`` or ``gemma3`` (Mistral is
+            ``llama``).
         name: Human-readable model name from the checkpoint.
         max_position: Longest context, in tokens.
         layer_windows: Per layer, 0 for full attention or the sliding window in tokens.

@@ -113,7 +113,7 @@ inline const uint16_t* sub_page(const AttentionParams& p, int position) {
          p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // Inner products on fp32 lanes: bfloat16 K and V are widened exactly. A score is two chains over
 // ascending dimension, even and odd, then even + odd.
 struct WidenPolicy {
@@ -185,7 +185,7 @@ struct WidenPolicy {
   };
 };
 
-// ---------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // Weighted values: acc[r][d] += sum over the tokens of `seen` of w[r][token] * v[token][d], for
 // kRows rows that see the same tokens. Register block: kRows x kColumns vectors.
 template <class Policy, int kRows, int kColumns>

@@ -20,17 +20,17 @@ constexpr int kStep = kFormat == PackedFormat::kBF16 ? 2 : 1;
 template <PackedFormat kFormat>
 constexpr int kStepBytes = kFormat == PackedFormat::kF16 ? 32 : 64;
 
-/// 8 rows of the step at `line`: w[i] belongs to its k = i.
+/// 8 rows of column `i` of the step at `line`.
 template <PackedFormat kFormat>
-SAGELLM_INLINE void load_weights(const uint8_t* line, int half, __m256 (&w)[kStep<kFormat>]) {
+SAGELLM_INLINE __m256 load_weights(const uint8_t* line, int half, int i) {
   if constexpr (kFormat == PackedFormat::kF32) {
-    w[0] = _mm256_loadu_ps(reinterpret_cast<const float*>(line) + 8 * half);
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(line) + 8 * half);
   } else if constexpr (kFormat == PackedFormat::kF16) {
-    w[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + half));
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + half));
   } else {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + half);
-    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-    w[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+    const __m256i odd = _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
+    return _mm256_castsi256_ps(i == 0 ? _mm256_slli_epi32(pairs, 16) : odd);
   }
 }
 
@@ -40,16 +40,15 @@ SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x
                              __m256 (&acc)[kBlocks][kTokens][2]) {
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b) {
-    __m256 weight[2][kStep<kFormat>];
-    load_weights<kFormat>(line + b * stride, 0, weight[0]);
-    load_weights<kFormat>(line + b * stride, 1, weight[1]);
 #pragma GCC unroll 2
     for (int i = 0; i < kColumns; ++i) {
+      const __m256 low = load_weights<kFormat>(line + b * stride, 0, i);
+      const __m256 high = load_weights<kFormat>(line + b * stride, 1, i);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         const __m256 value = _mm256_set1_ps(x[t * x_stride + i]);
-        acc[b][t][0] = _mm256_fmadd_ps(weight[0][i], value, acc[b][t][0]);
-        acc[b][t][1] = _mm256_fmadd_ps(weight[1][i], value, acc[b][t][1]);
+        acc[b][t][0] = _mm256_fmadd_ps(low, value, acc[b][t][0]);
+        acc[b][t][1] = _mm256_fmadd_ps(high, value, acc[b][t][1]);
       }
     }
   }

@@ -40,6 +40,10 @@ SAGELLM_INLINE __m256i broadcast64(const void* p) {
   return _mm256_set1_epi64x(value);
 }
 
+/// Keeps a running sum in its register: without it GCC turns the chains of integer additions into trees, whose many
+/// live products do not fit 16 registers.
+SAGELLM_INLINE void pin(__m256i& sum) { __asm__("" : "+x"(sum)); }
+
 // ---------------------------------------------------------------------------------------------- unpacking
 
 /// 0x10 in every byte whose bit is set in the 32 bits at `p`.
@@ -198,6 +202,7 @@ SAGELLM_INLINE void dot_bytes(const ByteUnit& w, const int8_t* q, int64_t k, __m
         for (int half = 0; half < 2; ++half) {
           const __m256i product = _mm256_maddubs_epi16(w.code[half][g], x);
           partial[t][half] = g == g0 ? product : _mm256_add_epi16(partial[t][half], product);
+          pin(partial[t][half]);
         }
       }
     }
@@ -209,6 +214,7 @@ SAGELLM_INLINE void dot_bytes(const ByteUnit& w, const int8_t* q, int64_t k, __m
       for (int t = 0; t < kTokens; ++t) {
         const __m256i dot = _mm256_madd_epi16(partial[t][half], factor);
         sum[t][half] = g0 == 0 ? dot : _mm256_add_epi32(sum[t][half], dot);
+        pin(sum[t][half]);
       }
     }
   }
@@ -344,6 +350,7 @@ SAGELLM_INLINE void tile_words(const WordUnit& w, const TileInput& x, __m256 (*a
   for (int t = 0; t < kTokens; ++t) {
     widen<kA15>(x.q + t * x.k, kA15 ? x.q_lo + t * x.k : nullptr, words[t]);
   }
+  __asm__("" : "+m"(words));  // broadcasts shall come from memory, not out of the registers just stored
   __m256i sum[kTokens][2];
 #pragma GCC unroll 16
   for (int e = 0; e < 16; ++e) {
@@ -354,6 +361,7 @@ SAGELLM_INLINE void tile_words(const WordUnit& w, const TileInput& x, __m256 (*a
       for (int half = 0; half < 2; ++half) {
         const __m256i dot = _mm256_madd_epi16(w.code[half][e], pair);
         sum[t][half] = e == 0 ? dot : _mm256_add_epi32(sum[t][half], dot);
+        pin(sum[t][half]);
       }
     }
   }

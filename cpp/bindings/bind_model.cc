@@ -23,15 +23,17 @@ namespace {
 using namespace sagellm;  // NOLINT: a binding file of the core
 
 using Indices = py::array_t<int32_t, py::array::c_style>;
-using Source = std::tuple<std::string, std::shared_ptr<checkpoint::File>, std::string, int32_t, bool>;
+using Source =
+    std::tuple<std::string, std::shared_ptr<checkpoint::File>, std::string, int32_t, bool>;
 
 std::span<const int32_t> span_of(const Indices& array) {
   return {array.data(), static_cast<size_t>(array.size())};
 }
 
-std::unique_ptr<model::Decoder> make_decoder(const model::ModelConfig& config, const std::vector<Source>& sources,
-                                             int32_t num_threads, int32_t max_batch_tokens, bool accurate,
-                                             const std::string& isa) {
+std::unique_ptr<model::Decoder> make_decoder(const model::ModelConfig& config,
+                                             const std::vector<Source>& sources,
+                                             int32_t num_threads, int32_t max_batch_tokens,
+                                             bool accurate, const std::string& isa) {
   model::TensorSources named;
   for (const auto& [name, file, tensor, heads, add_one] : sources) {
     named[name] = model::TensorSource{file, tensor, heads, add_one};
@@ -45,10 +47,12 @@ std::unique_ptr<model::Decoder> make_decoder(const model::ModelConfig& config, c
   return std::make_unique<model::Decoder>(config, named, options);
 }
 
-py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices& positions, const Indices& query_starts,
-               const Indices& block_tables, const Indices& block_copies, const Indices& logit_rows,
-               const py::sequence& sampling, bool return_logits) {
-  require<InvalidArgument>(block_tables.ndim() == 3, "block_tables must have shape [groups, sequences, blocks]");
+py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices& positions,
+               const Indices& query_starts, const Indices& block_tables,
+               const Indices& block_copies, const Indices& logit_rows, const py::sequence& sampling,
+               bool return_logits) {
+  require<InvalidArgument>(block_tables.ndim() == 3,
+                           "block_tables must have shape [groups, sequences, blocks]");
   require<InvalidArgument>(query_starts.size() >= 2, "a step needs at least one sequence");
   model::ForwardBatch batch;
   batch.token_ids = span_of(token_ids);
@@ -69,7 +73,8 @@ py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices&
   py::object logits = py::none();
   float* logits_out = nullptr;
   if (return_logits) {
-    py::array_t<float> array({static_cast<py::ssize_t>(logit_rows.size()), static_cast<py::ssize_t>(vocab)});
+    py::array_t<float> array(
+        {static_cast<py::ssize_t>(logit_rows.size()), static_cast<py::ssize_t>(vocab)});
     logits_out = array.mutable_data();
     logits = std::move(array);
   }
@@ -78,7 +83,8 @@ py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices&
     decoder.step(batch, params, results, logits_out);
   }
   py::list rows;
-  for (size_t i = 0; i < results.size(); ++i) rows.append(bindings::to_tuple(results[i], params[i]));
+  for (size_t i = 0; i < results.size(); ++i)
+    rows.append(bindings::to_tuple(results[i], params[i]));
   return py::make_tuple(rows, logits);
 }
 
@@ -88,7 +94,8 @@ void register_model(py::module_& m) {
   py::module_ sub = m.def_submodule("model", "The dense decoder over a paged KV cache.");
 
   using model::ModelConfig;
-  py::class_<ModelConfig>(sub, "ModelConfig", "Shape of a decoder; see sagellm.checkpoint.config.ModelConfig.")
+  py::class_<ModelConfig>(sub, "ModelConfig",
+                          "Shape of a decoder; see sagellm.checkpoint.config.ModelConfig.")
       .def(py::init<>())
       .def_readwrite("vocab_size", &ModelConfig::vocab_size)
       .def_readwrite("hidden_size", &ModelConfig::hidden_size)
@@ -107,7 +114,8 @@ void register_model(py::module_& m) {
       .def_readwrite("post_norms", &ModelConfig::post_norms)
       .def_readwrite("tie_embeddings", &ModelConfig::tie_embeddings)
       .def_property(
-          "gelu_tanh", [](const ModelConfig& c) { return c.activation == model::Activation::kGeluTanh; },
+          "gelu_tanh",
+          [](const ModelConfig& c) { return c.activation == model::Activation::kGeluTanh; },
           [](ModelConfig& c, bool gelu) {
             c.activation = gelu ? model::Activation::kGeluTanh : model::Activation::kSilu;
           })
@@ -126,19 +134,22 @@ void register_model(py::module_& m) {
 
   using model::Decoder;
   py::class_<Decoder>(sub, "Decoder", "Weights on all threads of a pool, one call per engine step.")
-      .def(py::init(&make_decoder), "config"_a, "sources"_a, "num_threads"_a, "max_batch_tokens"_a, "accurate"_a = false,
-           "isa"_a = "",
-           "`sources`: (canonical name, file, tensor, unpermute_heads, add_one) tuples. `accurate` selects 15-bit\n"
+      .def(py::init(&make_decoder), "config"_a, "sources"_a, "num_threads"_a, "max_batch_tokens"_a,
+           "accurate"_a = false, "isa"_a = "",
+           "`sources`: (canonical name, file, tensor, unpermute_heads, add_one) tuples. `accurate` "
+           "selects 15-bit\n"
            "activations for quantized weights.")
       .def("attach_kv", &Decoder::attach_kv, "storage"_a)
-      .def("step", &step, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "query_starts"_a.noconvert(),
-           "block_tables"_a.noconvert(), "block_copies"_a.noconvert(), "logit_rows"_a.noconvert(), "sampling"_a,
-           "return_logits"_a,
-           "Runs one step; returns (rows, logits | None), rows being tuples (token_id, logprob | None, top_ids,\n"
+      .def("step", &step, "token_ids"_a.noconvert(), "positions"_a.noconvert(),
+           "query_starts"_a.noconvert(), "block_tables"_a.noconvert(), "block_copies"_a.noconvert(),
+           "logit_rows"_a.noconvert(), "sampling"_a, "return_logits"_a,
+           "Runs one step; returns (rows, logits | None), rows being tuples (token_id, logprob | "
+           "None, top_ids,\n"
            "top_logprobs, error | None), one per entry of `sampling`.")
       .def_property_readonly("isa", [](const Decoder& d) { return d.kernels().name; })
       .def_property_readonly("num_threads", &Decoder::num_threads)
       .def_property_readonly("weight_bytes", [](const Decoder& d) { return d.weights().bytes(); })
-      .def_property_readonly("weight_bytes_per_token", [](const Decoder& d) { return d.weights().bytes_per_token(); })
+      .def_property_readonly("weight_bytes_per_token",
+                             [](const Decoder& d) { return d.weights().bytes_per_token(); })
       .def_property_readonly("workspace_bytes", &Decoder::workspace_bytes);
 }

@@ -1,4 +1,5 @@
-// _core.profiler: the gperftools CPU profiler, present when the build linked it (ENABLE_GPERFTOOLS).
+// _core.profiler: the gperftools CPU profiler, present when the build linked it
+// (ENABLE_GPERFTOOLS).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl/filesystem.h>
 
@@ -9,7 +10,8 @@
 namespace py = pybind11;
 
 #ifdef SAGELLM_HAVE_GPERFTOOLS
-// The two entry points of <gperftools/profiler.h>; declared here because shared scripts may bring libraries alone.
+// The two entry points of <gperftools/profiler.h>; declared here because shared scripts may bring
+// libraries alone.
 extern "C" int ProfilerStart(const char* path);
 extern "C" void ProfilerStop();
 #endif

@@ -1,4 +1,5 @@
-// The Python module sagellm._core: translates the core's errors and registers one submodule per area.
+// The Python module sagellm._core: translates the core's errors and registers one submodule per
+// area.
 #include <pybind11/pybind11.h>
 
 #include <cstring>

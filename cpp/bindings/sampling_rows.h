@@ -16,13 +16,16 @@ namespace sagellm::bindings {
 
 namespace py = pybind11;
 
-/// RowParams from an object with the attributes of backends.interface.SamplingRow; `keep` owns what it points into.
-inline sample::RowParams to_params(const py::handle& row, int64_t vocab, std::vector<py::object>& keep) {
+/// RowParams from an object with the attributes of backends.interface.SamplingRow; `keep` owns what
+/// it points into.
+inline sample::RowParams to_params(const py::handle& row, int64_t vocab,
+                                   std::vector<py::object>& keep) {
   const auto array = [&](const char* name, auto element) -> py::array {
     const py::object value = row.attr(name);
     if (value.is_none()) return py::array();
     using T = decltype(element);
-    require<InvalidArgument>(py::isinstance<py::array_t<T, py::array::c_style>>(value), name, " must be a contiguous ",
+    require<InvalidArgument>(py::isinstance<py::array_t<T, py::array::c_style>>(value), name,
+                             " must be a contiguous ",
                              py::str(py::dtype::of<T>()).template cast<std::string>(), " array");
     keep.push_back(value);
     return value.cast<py::array>();
@@ -42,8 +45,8 @@ inline sample::RowParams to_params(const py::handle& row, int64_t vocab, std::ve
   p.seed = row.attr("seed").attr("__and__")(mask).cast<uint64_t>();
 
   const py::array ids = array("bias_ids", int32_t{}), values = array("bias_values", float{});
-  require<InvalidArgument>(ids.size() == values.size(), "bias_ids and bias_values have ", ids.size(), " and ",
-                           values.size(), " elements");
+  require<InvalidArgument>(ids.size() == values.size(), "bias_ids and bias_values have ",
+                           ids.size(), " and ", values.size(), " elements");
   if (ids.size() > 0) {
     p.bias_ids = static_cast<const int32_t*>(ids.data());
     p.bias_values = static_cast<const float*>(values.data());
@@ -61,8 +64,8 @@ inline sample::RowParams to_params(const py::handle& row, int64_t vocab, std::ve
   }
   if (!row.attr("allowed").is_none()) {
     const py::array allowed = array("allowed", uint32_t{});
-    require<InvalidArgument>(allowed.size() == (vocab + 31) / 32, "allowed has ", allowed.size(), " words, must have ",
-                             (vocab + 31) / 32);
+    require<InvalidArgument>(allowed.size() == (vocab + 31) / 32, "allowed has ", allowed.size(),
+                             " words, must have ", (vocab + 31) / 32);
     p.allowed = static_cast<const uint32_t*>(allowed.data());
   }
   return p;
@@ -71,7 +74,8 @@ inline sample::RowParams to_params(const py::handle& row, int64_t vocab, std::ve
 /// (token_id, logprob | None, top_ids, top_logprobs, error | None).
 inline py::tuple to_tuple(const sample::Result& r, const sample::RowParams& params) {
   const bool reported = params.num_logprobs >= 0 && r.error.empty();
-  return py::make_tuple(r.token_id, reported ? py::object(py::float_(r.logprob)) : py::object(py::none()),
+  return py::make_tuple(r.token_id,
+                        reported ? py::object(py::float_(r.logprob)) : py::object(py::none()),
                         py::tuple(py::cast(r.top_ids)), py::tuple(py::cast(r.top_logprobs)),
                         r.error.empty() ? py::object(py::none()) : py::object(py::str(r.error)));
 }

@@ -1,12 +1,12 @@
-// The thread pool under several team sizes: every thread runs, barriers separate phases, ranges are covered once.
-#include "sagellm/runtime/thread_pool.h"
-
+// The thread pool under several team sizes: every thread runs, barriers separate phases, ranges are
+// covered once.
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <vector>
 
 #include "sagellm/base/error.h"
+#include "sagellm/runtime/thread_pool.h"
 
 namespace sagellm::runtime {
 namespace {
@@ -25,7 +25,8 @@ TEST_P(ThreadPoolTest, RunsTheTaskOncePerThread) {
 TEST_P(ThreadPoolTest, BarrierMakesEarlierWritesVisible) {
   const int threads = GetParam();
   ThreadPool pool(threads);
-  std::vector<int> written(static_cast<size_t>(threads), -1);  // plain memory: the barrier orders it
+  std::vector<int> written(static_cast<size_t>(threads),
+                           -1);  // plain memory: the barrier orders it
   std::atomic<int> wrong{0};
   pool.run([&](int thread) {
     for (int round = 0; round < 500; ++round) {

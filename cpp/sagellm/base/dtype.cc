@@ -29,7 +29,9 @@ constexpr std::array<FormatInfo, kNumFormats> kInfo = {{
 bool equals_ignoring_case(std::string_view a, std::string_view b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i) {
-    if (std::toupper(static_cast<unsigned char>(a[i])) != std::toupper(static_cast<unsigned char>(b[i]))) return false;
+    if (std::toupper(static_cast<unsigned char>(a[i])) !=
+        std::toupper(static_cast<unsigned char>(b[i])))
+      return false;
   }
   return true;
 }
@@ -39,8 +41,9 @@ const FormatInfo& format_info(Format format) { return kInfo[static_cast<size_t>(
 
 int64_t row_bytes(Format format, int64_t elements) {
   const FormatInfo& info = format_info(format);
-  require<InvalidArgument>(elements >= 0 && elements % info.block_elements == 0, "a row of ", elements,
-                           " elements is not a whole number of ", info.name, " blocks of ", info.block_elements);
+  require<InvalidArgument>(elements >= 0 && elements % info.block_elements == 0, "a row of ",
+                           elements, " elements is not a whole number of ", info.name,
+                           " blocks of ", info.block_elements);
   return elements / info.block_elements * info.block_bytes;
 }
 
@@ -86,11 +89,13 @@ uint16_t f32_to_f16(float value) {
   const uint32_t magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (magnitude < 0x38800000u) {  // subnormal half: adding 0.5 aligns the mantissa at 2^-24 and rounds it
+  if (magnitude <
+      0x38800000u) {  // subnormal half: adding 0.5 aligns the mantissa at 2^-24 and rounds it
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
   }
-  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+  return static_cast<uint16_t>(
+      sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
 }  // namespace sagellm

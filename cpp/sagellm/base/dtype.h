@@ -36,8 +36,8 @@ struct FormatInfo {
 /// Returns the facts of `format`.
 const FormatInfo& format_info(Format format);
 
-/// Returns the bytes of one row of `elements` elements; throws InvalidArgument when `elements` is not
-/// a multiple of the block.
+/// Returns the bytes of one row of `elements` elements; throws InvalidArgument when `elements` is
+/// not a multiple of the block.
 int64_t row_bytes(Format format, int64_t elements);
 
 /// Returns the format named `name` (case-insensitive); throws Unsupported with the list of names.

@@ -1,5 +1,6 @@
 // Plain structs shared by every kernel and device: what a kernel reads and writes, in which layout.
-// ISA translation units include this file, <immintrin.h>, <cstdint>, <cstddef> and their own folder only.
+// ISA translation units include this file, <immintrin.h>, <cstdint>, <cstddef> and their own folder
+// only.
 #pragma once
 
 #include <cstddef>
@@ -10,46 +11,70 @@ namespace sagellm::kernels {
 // ------------------------------------------------------------------------------------------------
 // R16 packed weights
 //
-// A weight matrix W [n, k] is cut into blocks of 16 output rows (the last one zero-padded). A row block
-// is contiguous over k. Inside it, one 64-byte line holds 16 rows x 4 consecutive k (quantized), so a
-// vector lane is an output row. The same bytes serve GEMV and GEMM.
+// A weight matrix W [n, k] is cut into blocks of 16 output rows (the last one zero-padded). A row
+// block is contiguous over k. Inside it, one 64-byte line holds 16 rows x 4 consecutive k
+// (quantized), so a vector lane is an output row. The same bytes serve GEMV and GEMM.
 //
 //   kF32   [k][16] float           kF16  [k][16] half          kBF16 [ceil(k/2)][16][2] bfloat16
-//   quantized: units of 32 k. Nibble byte [j*64 + r*4 + i], j = 0..3: low nibble is (row r, k = 4j+i),
-//   high nibble is (row r, k = 16+4j+i). High-bit mask j (8 little-endian uint64): bit r*4+i belongs to
-//   (row r, k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with each format.
+//   quantized: units of 32 k. Nibble byte [j*64 + r*4 + i], j = 0..3: low nibble is (row r, k =
+//   4j+i), high nibble is (row r, k = 16+4j+i). High-bit mask j (8 little-endian uint64): bit r*4+i
+//   belongs to (row r, k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with
+//   each format.
 //
 //   kQ4_0  nib[256] d[16]h                              d*(q-8)                        288 bytes
 //   kQ4_1  nib[256] d[16]h m[16]h                       d*q+m                          320
 //   kQ5_0  nib[256] high[64] d[16]h                     d*(q-16)                       352
 //   kQ5_1  nib[256] high[64] d[16]h m[16]h              d*q+m                          384
-//   kQ8_0  q[512]  d[16]h                               d*(q-128); q[j*64+r*4+i] is k = 4j+i, j = 0..7   544
-//   (h: IEEE half)
-//   K-quants: superblocks of 256 k (8 units), then their scales:
-//   kQ4_K  nib[8][256]            sc[8][16]u8 mn[8][16]u8 d[16]h dmin[16]h    d*sc*q - dmin*mn        2368
-//   kQ5_K  {nib[256] high[64]}[8] sc[8][16]u8 mn[8][16]u8 d[16]h dmin[16]h    d*sc*q - dmin*mn        2880
-//   kQ6_K  {nib[256] two[128]}[8] sc[16][16]i8 d[16]h     d*sc*(q-32), one sc per 16 k                3360
-//          two: group j = 0..7 (k = 4j+i) has its bits 4..5 in byte [(j&1)*64 + r*4 + i] at bit 2*(j>>1).
+//   kQ8_0  q[512]  d[16]h                               d*(q-128); q[j*64+r*4+i] is k = 4j+i, j =
+//   0..7   544 (h: IEEE half) K-quants: superblocks of 256 k (8 units), then their scales: kQ4_K
+//   nib[8][256]            sc[8][16]u8 mn[8][16]u8 d[16]h dmin[16]h    d*sc*q - dmin*mn        2368
+//   kQ5_K  {nib[256] high[64]}[8] sc[8][16]u8 mn[8][16]u8 d[16]h dmin[16]h    d*sc*q - dmin*mn 2880
+//   kQ6_K  {nib[256] two[128]}[8] sc[16][16]i8 d[16]h     d*sc*(q-32), one sc per 16 k 3360
+//          two: group j = 0..7 (k = 4j+i) has its bits 4..5 in byte [(j&1)*64 + r*4 + i] at bit
+//          2*(j>>1).
 // ------------------------------------------------------------------------------------------------
-enum class PackedFormat : uint8_t { kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K };
+enum class PackedFormat : uint8_t {
+  kF32,
+  kF16,
+  kBF16,
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ8_0,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K
+};
 inline constexpr int kNumPackedFormats = 11;
-inline constexpr int kRowBlock = 16;   // output rows per packed block
-inline constexpr int kUnit = 32;       // k per quantized unit and per activation block
+inline constexpr int kRowBlock = 16;  // output rows per packed block
+inline constexpr int kUnit = 32;      // k per quantized unit and per activation block
 
 /// Bytes of one row block of `k` columns.
 constexpr size_t packed_row_block_bytes(PackedFormat format, int64_t k) {
   switch (format) {
-    case PackedFormat::kF32: return static_cast<size_t>(k) * 64;
-    case PackedFormat::kF16: return static_cast<size_t>(k) * 32;
-    case PackedFormat::kBF16: return static_cast<size_t>((k + 1) / 2) * 64;
-    case PackedFormat::kQ4_0: return static_cast<size_t>(k / 32) * 288;
-    case PackedFormat::kQ4_1: return static_cast<size_t>(k / 32) * 320;
-    case PackedFormat::kQ5_0: return static_cast<size_t>(k / 32) * 352;
-    case PackedFormat::kQ5_1: return static_cast<size_t>(k / 32) * 384;
-    case PackedFormat::kQ8_0: return static_cast<size_t>(k / 32) * 544;
-    case PackedFormat::kQ4_K: return static_cast<size_t>(k / 256) * 2368;
-    case PackedFormat::kQ5_K: return static_cast<size_t>(k / 256) * 2880;
-    case PackedFormat::kQ6_K: return static_cast<size_t>(k / 256) * 3360;
+    case PackedFormat::kF32:
+      return static_cast<size_t>(k) * 64;
+    case PackedFormat::kF16:
+      return static_cast<size_t>(k) * 32;
+    case PackedFormat::kBF16:
+      return static_cast<size_t>((k + 1) / 2) * 64;
+    case PackedFormat::kQ4_0:
+      return static_cast<size_t>(k / 32) * 288;
+    case PackedFormat::kQ4_1:
+      return static_cast<size_t>(k / 32) * 320;
+    case PackedFormat::kQ5_0:
+      return static_cast<size_t>(k / 32) * 352;
+    case PackedFormat::kQ5_1:
+      return static_cast<size_t>(k / 32) * 384;
+    case PackedFormat::kQ8_0:
+      return static_cast<size_t>(k / 32) * 544;
+    case PackedFormat::kQ4_K:
+      return static_cast<size_t>(k / 256) * 2368;
+    case PackedFormat::kQ5_K:
+      return static_cast<size_t>(k / 256) * 2880;
+    case PackedFormat::kQ6_K:
+      return static_cast<size_t>(k / 256) * 3360;
   }
   return 0;
 }
@@ -61,7 +86,8 @@ enum class ActKind : uint8_t { kF32, kBF16, kI8 };
 struct Activations {
   const float* f32 = nullptr;      // [num_tokens][k]            kF32
   const uint16_t* bf16 = nullptr;  // [num_tokens][round_up(k,2)] kBF16, zero-padded
-  // kI8: per 32-k block, x ~= d * X with the integer X = q (A8), or X = 128*q + q_lo (A15, q_lo in [-64, 63]).
+  // kI8: per 32-k block, x ~= d * X with the integer X = q (A8), or X = 128*q + q_lo (A15, q_lo in
+  // [-64, 63]).
   const int8_t* q = nullptr;       // [num_tokens][k], in [-127, 127]
   const int8_t* q_lo = nullptr;    // [num_tokens][k], null in A8
   const float* d = nullptr;        // [num_tokens][k/32]
@@ -69,9 +95,10 @@ struct Activations {
   const int32_t* sum16 = nullptr;  // [num_tokens][k/16]  sum of X over each half block
 };
 
-/// out[t*out_stride + n] = sum_k W[n, k] * x[t, k] for the row blocks [row_block_begin, row_block_end).
-/// The additions of one output happen in ascending block order in one chain, whatever num_tokens is:
-/// results are bitwise independent of batch size and of how row blocks are split among threads.
+/// out[t*out_stride + n] = sum_k W[n, k] * x[t, k] for the row blocks [row_block_begin,
+/// row_block_end). The additions of one output happen in ascending block order in one chain,
+/// whatever num_tokens is: results are bitwise independent of batch size and of how row blocks are
+/// split among threads.
 struct MatmulParams {
   PackedFormat format = PackedFormat::kF32;
   const void* weights = nullptr;  // row block 0, 64-byte aligned
@@ -85,7 +112,8 @@ struct MatmulParams {
 };
 
 /// Fills the kI8 arrays of Activations from f32 rows. Per block of 32: A8 d = absmax/127; A15
-/// d = absmax/16256, X = round(x/d), q = round-half-up(X/128) in [-127, 127], q_lo = X - 128*q. d = 0 gives zeros.
+/// d = absmax/16256, X = round(x/d), q = round-half-up(X/128) in [-127, 127], q_lo = X - 128*q. d =
+/// 0 gives zeros.
 struct QuantizeParams {
   const float* x = nullptr;  // [num_tokens][x_stride]
   int64_t x_stride = 0;
@@ -100,11 +128,13 @@ struct QuantizeParams {
 
 // ------------------------------------------------------------------------------------------------
 // Paged KV: block_size is a multiple of 16. For one layer, block b and kv head h, the page is at
-// pool + b*block_stride + h*head_stride (in uint16 elements) and holds block_size/16 sub-pages, each
-//   K [head_dim/2][16 tokens][2] bf16, then V [8 token pairs][head_dim][2] bf16   (2*16*head_dim elements).
+// pool + b*block_stride + h*head_stride (in uint16 elements) and holds block_size/16 sub-pages,
+// each
+//   K [head_dim/2][16 tokens][2] bf16, then V [8 token pairs][head_dim][2] bf16   (2*16*head_dim
+//   elements).
 // ------------------------------------------------------------------------------------------------
-inline constexpr int kSubPage = 16;        // tokens per sub-page
-inline constexpr int kAttentionTile = 64;  // tokens per softmax tile, on the absolute grid
+inline constexpr int kSubPage = 16;          // tokens per sub-page
+inline constexpr int kAttentionTile = 64;    // tokens per softmax tile, on the absolute grid
 inline constexpr int kAttentionSplit = 512;  // tokens per split, on the absolute grid
 inline constexpr int kMaxHeadDim = 256;
 
@@ -116,8 +146,8 @@ struct KvView {
   int32_t head_dim = 0;
 };
 
-/// Writes k and v rows of one kv head for consecutive positions. Writing an even position also clears the
-/// V slot of its odd partner, so that a pair never shows bytes of an earlier owner.
+/// Writes k and v rows of one kv head for consecutive positions. Writing an even position also
+/// clears the V slot of its odd partner, so that a pair never shows bytes of an earlier owner.
 struct KvWriteParams {
   KvView kv;
   int32_t kv_head = 0;
@@ -129,15 +159,16 @@ struct KvWriteParams {
   int64_t stride = 0;
 };
 
-/// One work item of attention: the G query heads of one kv head, for a tile of consecutive query tokens of one
-/// sequence, over the splits [split_begin, split_end). Row r = t*group + g. Token t sits at position
-/// first_position + t and sees positions (window > 0 ? max(0, p-window+1) : 0) .. p.
+/// One work item of attention: the G query heads of one kv head, for a tile of consecutive query
+/// tokens of one sequence, over the splits [split_begin, split_end). Row r = t*group + g. Token t
+/// sits at position first_position + t and sees positions (window > 0 ? max(0, p-window+1) : 0) ..
+/// p.
 ///
-/// For every split a fresh online-softmax state {m, l, acc} is built over 64-token tiles in ascending order
-/// (tile and split grids are absolute), and the split states are merged in ascending order with
-/// merge(a, b): b.l == 0 -> a; a.l == 0 -> b; otherwise rescale both to max(m) and add. Scores are in the base-2
-/// domain. A row's result does not depend on the other rows of the tile. The rows' final state goes to
-/// m, l [rows] and acc [rows][head_dim].
+/// For every split a fresh online-softmax state {m, l, acc} is built over 64-token tiles in
+/// ascending order (tile and split grids are absolute), and the split states are merged in
+/// ascending order with merge(a, b): b.l == 0 -> a; a.l == 0 -> b; otherwise rescale both to max(m)
+/// and add. Scores are in the base-2 domain. A row's result does not depend on the other rows of
+/// the tile. The rows' final state goes to m, l [rows] and acc [rows][head_dim].
 struct AttentionParams {
   KvView kv;
   int32_t kv_head = 0;
@@ -155,14 +186,15 @@ struct AttentionParams {
   float* m = nullptr;
   float* l = nullptr;
   float* acc = nullptr;
-  void* scratch = nullptr;  // attention_scratch_bytes(), 64-byte aligned, private to the calling thread
+  void* scratch =
+      nullptr;  // attention_scratch_bytes(), 64-byte aligned, private to the calling thread
 };
 
 /// Query tokens that one AttentionParams may carry: tile_tokens = max(1, kAttentionRows / group).
 inline constexpr int kAttentionRows = 32;
 
-/// Sequential merge of `count` states of `rows` rows ([count][rows] and [count][rows][head_dim]) and division by l:
-/// out[row*out_stride ...]; a row that saw nothing (l == 0) becomes zeros.
+/// Sequential merge of `count` states of `rows` rows ([count][rows] and [count][rows][head_dim])
+/// and division by l: out[row*out_stride ...]; a row that saw nothing (l == 0) becomes zeros.
 struct AttentionFinishParams {
   const float* m = nullptr;
   const float* l = nullptr;
@@ -179,8 +211,8 @@ struct CpuInfo;  // defined by kernels/cpu/cpu_info.h
 
 /// The functions of one instruction set. All are noexcept on checked input and keep no state.
 struct KernelTable {
-  const char* name;                       // "generic", "avx2", "avx512", "avx512_bf16"
-  ActKind act_kind[kNumPackedFormats];    // what matmul wants for each PackedFormat
+  const char* name;                     // "generic", "avx2", "avx512", "avx512_bf16"
+  ActKind act_kind[kNumPackedFormats];  // what matmul wants for each PackedFormat
   void (*matmul)(const MatmulParams&);
   void (*quantize)(const QuantizeParams&);
   void (*to_bf16)(const float* x, uint16_t* out, int64_t n);

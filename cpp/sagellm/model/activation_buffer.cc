@@ -25,7 +25,8 @@ class Carver {
 
 }  // namespace
 
-ActivationBuffer::ActivationBuffer(int64_t rows, int64_t k, Precision precision, ActKinds kinds) : k_(k) {
+ActivationBuffer::ActivationBuffer(int64_t rows, int64_t k, Precision precision, ActKinds kinds)
+    : k_(k) {
   const auto carve = [&](uint8_t* base) {
     Carver carver(base);
     f32_ = carver.take<float>(rows * k);
@@ -43,7 +44,8 @@ ActivationBuffer::ActivationBuffer(int64_t rows, int64_t k, Precision precision,
   carve(storage_.data());
 }
 
-void ActivationBuffer::encode(const kernels::KernelTable& table, ActKinds kinds, int64_t begin, int64_t end) {
+void ActivationBuffer::encode(const kernels::KernelTable& table, ActKinds kinds, int64_t begin,
+                              int64_t end) {
   if (begin >= end) return;
   if (kinds.bf16) {
     const int64_t stride = round_up(k_, 2);

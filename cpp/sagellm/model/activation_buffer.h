@@ -23,8 +23,8 @@ struct ActKinds {
   }
 };
 
-/// Rows of `k` activations: the f32 rows, and what `encode` derives from them. Rows are independent, so threads
-/// may work on different rows at the same time.
+/// Rows of `k` activations: the f32 rows, and what `encode` derives from them. Rows are
+/// independent, so threads may work on different rows at the same time.
 class ActivationBuffer {
  public:
   /// Reserves what `kinds` will ask of `rows` rows of `k` values.

@@ -7,8 +7,8 @@
 
 namespace sagellm::model {
 
-void AttentionPlan::build(const ForwardBatch& batch, int32_t layer_window, int32_t group, int32_t num_kv_heads,
-                          int num_threads) {
+void AttentionPlan::build(const ForwardBatch& batch, int32_t layer_window, int32_t group,
+                          int32_t num_kv_heads, int num_threads) {
   window = layer_window;
   tiles.clear();
   items.clear();

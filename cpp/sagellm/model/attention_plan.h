@@ -1,4 +1,5 @@
-// Cuts the attention of one step into work items; the same plan serves every layer with the same window.
+// Cuts the attention of one step into work items; the same plan serves every layer with the same
+// window.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ struct AttentionTile {
   int32_t first_position = 0;
   int32_t split_begin = 0;  // 512-token splits that any of its rows can see
   int32_t split_end = 0;
-  int32_t num_states = 0;   // 1; in a single-token tile possibly one per split
-  int64_t state = 0;        // first of its num_states * num_tokens * group rows in the state arrays
+  int32_t num_states = 0;  // 1; in a single-token tile possibly one per split
+  int64_t state = 0;       // first of its num_states * num_tokens * group rows in the state arrays
 };
 
 /// One call of the attention kernel for one kv head.
@@ -28,8 +29,9 @@ struct AttentionItem {
   int32_t split_end = 0;
 };
 
-/// Splits run as separate items only for single-token tiles, when the step has too few tiles to occupy the threads
-/// (few long sequences). Results do not depend on that choice: states merge in the same order either way.
+/// Splits run as separate items only for single-token tiles, when the step has too few tiles to
+/// occupy the threads (few long sequences). Results do not depend on that choice: states merge in
+/// the same order either way.
 struct AttentionPlan {
   int32_t window = 0;
   std::vector<AttentionTile> tiles;
@@ -37,7 +39,8 @@ struct AttentionPlan {
   std::vector<int32_t> tile_of_token;  // [T]
   int64_t num_states = 0;              // state rows per kv head
 
-  void build(const ForwardBatch& batch, int32_t layer_window, int32_t group, int32_t num_kv_heads, int num_threads);
+  void build(const ForwardBatch& batch, int32_t layer_window, int32_t group, int32_t num_kv_heads,
+             int num_threads);
 };
 
 }  // namespace sagellm::model

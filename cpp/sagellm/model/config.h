@@ -9,7 +9,8 @@ namespace sagellm::model {
 
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 
-/// Rotary frequencies of one kind of layer; all scaling rules are already applied to `inverse_frequencies`.
+/// Rotary frequencies of one kind of layer; all scaling rules are already applied to
+/// `inverse_frequencies`.
 struct Rope {
   std::vector<double> inverse_frequencies;  // radians per position, [rotated values / 2]
   float attention_factor = 1.f;             // multiplies cos and sin

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int32_t kSmallStep = 2;  // tokens up to which every thread prepares all rows itself
 constexpr int32_t kHeadRows = 64;  // logit rows per pass over the output head
-constexpr int64_t kTokenBlockBytes = int64_t{256} << 10;  // activations that should stay in the L2 cache
+constexpr int64_t kTokenBlockBytes = int64_t{256}
+                                     << 10;  // activations that should stay in the L2 cache
 
 Buffer float_buffer(int64_t rows, int64_t stride) {
   return Buffer(static_cast<size_t>(rows * stride) * sizeof(float));
@@ -33,8 +34,9 @@ ModelConfig validated(ModelConfig config) {
 }
 
 DecoderOptions validated(DecoderOptions options) {
-  require<InvalidArgument>(options.max_batch_tokens >= 1 && options.max_batch_tokens <= (1 << 20), "max_batch_tokens is ",
-                           options.max_batch_tokens, "; choose between 1 and 1048576");
+  require<InvalidArgument>(options.max_batch_tokens >= 1 && options.max_batch_tokens <= (1 << 20),
+                           "max_batch_tokens is ", options.max_batch_tokens,
+                           "; choose between 1 and 1048576");
   return options;
 }
 
@@ -58,8 +60,10 @@ Decoder::Decoder(ModelConfig config, const TensorSources& sources, const Decoder
       table_(select_table(options.isa)),
       pool_(options.num_threads),
       weights_(config_, sources, pool_),
-      // Per layer at most 9 phases; 2 for the prologue and the final norm; 2 per pass over the head.
-      queue_(9 * config_.num_layers() + 4 + 2 * static_cast<int>(ceil_div(options.max_batch_tokens, kHeadRows))),
+      // Per layer at most 9 phases; 2 for the prologue and the final norm; 2 per pass over the
+      // head.
+      queue_(9 * config_.num_layers() + 4 +
+             2 * static_cast<int>(ceil_div(options.max_batch_tokens, kHeadRows))),
       rows_(std::max<int64_t>(options.max_batch_tokens, int64_t{kSmallStep} * options.num_threads)),
       hidden_stride_(round_up(config_.hidden_size, kernels::kRowBlock)),
       qkv_stride_(int64_t{config_.num_heads + 2 * config_.num_kv_heads} * config_.head_dim),
@@ -73,13 +77,16 @@ Decoder::Decoder(ModelConfig config, const TensorSources& sources, const Decoder
       logits_(float_buffer(std::min<int64_t>(kHeadRows, options.max_batch_tokens), vocab_stride_)),
       norm_scratch_(float_buffer(options.num_threads, hidden_stride_)),
       hidden_in_(rows_, config_.hidden_size, options.precision, all_kinds()),
-      attention_in_(rows_, int64_t{config_.num_heads} * config_.head_dim, options.precision, all_kinds()),
+      attention_in_(rows_, int64_t{config_.num_heads} * config_.head_dim, options.precision,
+                    all_kinds()),
       ffn_in_(rows_, config_.intermediate_size, options.precision, all_kinds()),
-      attention_scratch_(static_cast<size_t>(round_up(static_cast<int64_t>(table_.attention_scratch_bytes), 64)) *
-                         static_cast<size_t>(options.num_threads)),
+      attention_scratch_(
+          static_cast<size_t>(round_up(static_cast<int64_t>(table_.attention_scratch_bytes), 64)) *
+          static_cast<size_t>(options.num_threads)),
       sample_scratch_(static_cast<size_t>(options.num_threads)) {
   int64_t rope_floats = 0;
-  for (const Rope& rope : config_.ropes) rope_floats += static_cast<int64_t>(rope.inverse_frequencies.size());
+  for (const Rope& rope : config_.ropes)
+    rope_floats += static_cast<int64_t>(rope.inverse_frequencies.size());
   cos_ = float_buffer(options.max_batch_tokens, rope_floats);
   sin_ = float_buffer(options.max_batch_tokens, rope_floats);
 
@@ -95,9 +102,10 @@ Decoder::Decoder(ModelConfig config, const TensorSources& sources, const Decoder
 
 void Decoder::attach_kv(std::shared_ptr<kv::KvStorage> storage) {
   require<InvalidArgument>(storage != nullptr, "attach_kv needs a KV storage");
-  require<InvalidArgument>(storage->num_kv_heads() == config_.num_kv_heads && storage->head_dim() == config_.head_dim,
-                           "the KV storage has ", storage->num_kv_heads(), " heads of ", storage->head_dim(),
-                           ", the model ", config_.num_kv_heads, " of ", config_.head_dim);
+  require<InvalidArgument>(
+      storage->num_kv_heads() == config_.num_kv_heads && storage->head_dim() == config_.head_dim,
+      "the KV storage has ", storage->num_kv_heads(), " heads of ", storage->head_dim(),
+      ", the model ", config_.num_kv_heads, " of ", config_.head_dim);
   for (const LayerConfig& layer : config_.layers) {
     require<InvalidArgument>(layer.slot < storage->num_slots(), "layer slot ", layer.slot,
                              " is outside the KV storage of ", storage->num_slots(), " slots");
@@ -107,8 +115,8 @@ void Decoder::attach_kv(std::shared_ptr<kv::KvStorage> storage) {
 
 size_t Decoder::workspace_bytes() const {
   size_t total = hidden_in_.bytes() + attention_in_.bytes() + ffn_in_.bytes();
-  for (const Buffer* buffer : {&residual_, &projection_, &qkv_, &gate_, &up_, &logits_, &norm_scratch_, &cos_, &sin_,
-                               &attention_scratch_}) {
+  for (const Buffer* buffer : {&residual_, &projection_, &qkv_, &gate_, &up_, &logits_,
+                               &norm_scratch_, &cos_, &sin_, &attention_scratch_}) {
     total += buffer->size();
   }
   return total;
@@ -120,26 +128,30 @@ void Decoder::validate(const ForwardBatch& batch) const {
   const int32_t sequences = batch.num_sequences();
   require<InvalidArgument>(tokens >= 1 && tokens <= options_.max_batch_tokens, "a step of ", tokens,
                            " tokens; max_batch_tokens is ", options_.max_batch_tokens);
-  require<InvalidArgument>(batch.positions.size() == batch.token_ids.size(), "positions and token_ids differ in length");
-  require<InvalidArgument>(sequences >= 1 && batch.query_starts.front() == 0 && batch.query_starts.back() == tokens,
-                           "query_starts must run from 0 to the number of tokens");
+  require<InvalidArgument>(batch.positions.size() == batch.token_ids.size(),
+                           "positions and token_ids differ in length");
+  require<InvalidArgument>(
+      sequences >= 1 && batch.query_starts.front() == 0 && batch.query_starts.back() == tokens,
+      "query_starts must run from 0 to the number of tokens");
   require<InvalidArgument>(batch.max_blocks >= 1 && batch.block_tables.size() ==
-                               static_cast<size_t>(batch.num_groups) * static_cast<size_t>(sequences) *
-                                   static_cast<size_t>(batch.max_blocks),
+                                                        static_cast<size_t>(batch.num_groups) *
+                                                            static_cast<size_t>(sequences) *
+                                                            static_cast<size_t>(batch.max_blocks),
                            "block_tables must have shape [groups, sequences, max_blocks]");
   for (const int32_t id : batch.token_ids) {
-    require<InvalidArgument>(id >= 0 && id < config_.vocab_size, "token id ", id, " is outside the vocabulary of ",
-                             config_.vocab_size);
+    require<InvalidArgument>(id >= 0 && id < config_.vocab_size, "token id ", id,
+                             " is outside the vocabulary of ", config_.vocab_size);
   }
   for (size_t i = 0; i < batch.logit_rows.size(); ++i) {
     const int32_t row = batch.logit_rows[i];
     require<InvalidArgument>(row >= 0 && row < tokens && (i == 0 || row > batch.logit_rows[i - 1]),
                              "logit_rows must be ascending indices into the tokens");
   }
-  require<InvalidArgument>(batch.block_copies.size() % 2 == 0, "block_copies must have shape [n, 2]");
+  require<InvalidArgument>(batch.block_copies.size() % 2 == 0,
+                           "block_copies must have shape [n, 2]");
   for (const int32_t block : batch.block_copies) {
-    require<InvalidArgument>(block > 0 && block <= kv_->num_blocks(), "block copy names block ", block, " of ",
-                             kv_->num_blocks());
+    require<InvalidArgument>(block > 0 && block <= kv_->num_blocks(), "block copy names block ",
+                             block, " of ", kv_->num_blocks());
   }
   for (int32_t s = 0; s < sequences; ++s) {
     const int32_t begin = batch.query_starts[static_cast<size_t>(s)];
@@ -147,23 +159,25 @@ void Decoder::validate(const ForwardBatch& batch) const {
     require<InvalidArgument>(end > begin, "sequence ", s, " has no token in this step");
     const int32_t first = batch.positions[static_cast<size_t>(begin)];
     const int32_t last = first + (end - begin) - 1;
-    require<InvalidArgument>(first >= 0 && last < config_.max_position, "positions ", first, "..", last,
-                             " are outside the model's context of ", config_.max_position);
+    require<InvalidArgument>(first >= 0 && last < config_.max_position, "positions ", first, "..",
+                             last, " are outside the model's context of ", config_.max_position);
     for (int32_t t = begin; t < end; ++t) {
       require<InvalidArgument>(batch.positions[static_cast<size_t>(t)] == first + t - begin,
                                "positions of a sequence must be consecutive");
     }
     for (const LayerConfig& layer : config_.layers) {
       if (layer.slot != 0) continue;  // one layer speaks for its group
-      require<InvalidArgument>(layer.group < batch.num_groups, "block_tables lack KV group ", layer.group);
+      require<InvalidArgument>(layer.group < batch.num_groups, "block_tables lack KV group ",
+                               layer.group);
       const int32_t oldest = layer.window > 0 ? std::max(0, first - layer.window + 1) : 0;
       const int32_t last_block = last / kv_->block_size();
-      require<InvalidArgument>(last_block < batch.max_blocks, "the block table of sequence ", s, " ends before position ",
-                               last);
+      require<InvalidArgument>(last_block < batch.max_blocks, "the block table of sequence ", s,
+                               " ends before position ", last);
       const int32_t* table = batch.block_table(layer.group, s);
       for (int32_t b = oldest / kv_->block_size(); b <= last_block; ++b) {
-        require<InvalidArgument>(table[b] > 0 && table[b] <= kv_->num_blocks(), "sequence ", s, " has block id ",
-                                 table[b], " at index ", b, " of its table; valid are 1..", kv_->num_blocks());
+        require<InvalidArgument>(table[b] > 0 && table[b] <= kv_->num_blocks(), "sequence ", s,
+                                 " has block id ", table[b], " at index ", b,
+                                 " of its table; valid are 1..", kv_->num_blocks());
       }
     }
   }
@@ -190,8 +204,10 @@ void Decoder::step(const ForwardBatch& batch, std::span<const sample::RowParams>
                    std::span<sample::Result> sampled, float* logits) {
   validate(batch);
   require<InvalidArgument>(sampling.empty() || sampling.size() == batch.logit_rows.size(),
-                           "sampling has ", sampling.size(), " entries for ", batch.logit_rows.size(), " logit rows");
-  require<InvalidArgument>(sampled.size() == sampling.size(), "sampled and sampling differ in length");
+                           "sampling has ", sampling.size(), " entries for ",
+                           batch.logit_rows.size(), " logit rows");
+  require<InvalidArgument>(sampled.size() == sampling.size(),
+                           "sampled and sampling differ in length");
   prepare(batch);
   StepState step{batch, sampling, sampled, logits, batch.num_tokens() <= kSmallStep};
   pool_.run([&](int thread) { run_step(step, thread); });
@@ -229,7 +245,8 @@ void Decoder::for_units(int64_t total, int64_t max_grain, int& phase, const Body
 
 ActKinds Decoder::kinds(std::initializer_list<const quant::PackedMatrix*> matrices) const {
   ActKinds kinds;
-  for (const quant::PackedMatrix* matrix : matrices) kinds.add(table_.act_kind[static_cast<size_t>(matrix->format)]);
+  for (const quant::PackedMatrix* matrix : matrices)
+    kinds.add(table_.act_kind[static_cast<size_t>(matrix->format)]);
   return kinds;
 }
 
@@ -244,7 +261,8 @@ ActKinds Decoder::all_kinds() const {
 }
 
 void Decoder::matmul(const quant::PackedMatrix& matrix, int64_t block_begin, int64_t block_end,
-                     const kernels::Activations& x, int64_t num_tokens, float* out, int64_t out_stride) const {
+                     const kernels::Activations& x, int64_t num_tokens, float* out,
+                     int64_t out_stride) const {
   kernels::MatmulParams params;
   params.format = matrix.format;
   params.weights = matrix.storage.data();
@@ -286,7 +304,8 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
   const auto embed_token = [&](int64_t t) {
     float* row = x + t * config_.hidden_size;
     weights_.embedding(step.batch.token_ids[static_cast<size_t>(t)], row);
-    if (config_.embedding_scale != 1.f) table_.scale(row, config_.embedding_scale, config_.hidden_size);
+    if (config_.embedding_scale != 1.f)
+      table_.scale(row, config_.embedding_scale, config_.hidden_size);
   };
   if (step.small) {
     for (int64_t t = 0; t < step.num_tokens(); ++t) embed_token(t);
@@ -299,9 +318,12 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
       for (const Rope& rope : config_.ropes) {
         const auto half = static_cast<int64_t>(rope.inverse_frequencies.size());
         for (int64_t i = 0; i < half; ++i) {
-          const double angle = step.batch.positions[static_cast<size_t>(t)] * rope.inverse_frequencies[static_cast<size_t>(i)];
-          cos[t * half + i] = static_cast<float>(std::cos(angle) * static_cast<double>(rope.attention_factor));
-          sin[t * half + i] = static_cast<float>(std::sin(angle) * static_cast<double>(rope.attention_factor));
+          const double angle = step.batch.positions[static_cast<size_t>(t)] *
+                               rope.inverse_frequencies[static_cast<size_t>(i)];
+          cos[t * half + i] =
+              static_cast<float>(std::cos(angle) * static_cast<double>(rope.attention_factor));
+          sin[t * half + i] =
+              static_cast<float>(std::sin(angle) * static_cast<double>(rope.attention_factor));
         }
         cos += half * options_.max_batch_tokens;
         sin += half * options_.max_batch_tokens;
@@ -310,21 +332,24 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
   });
 }
 
-void Decoder::finish_projection(const quant::PackedMatrix& matrix, const float* bias, const float* norm, bool rotate,
-                                int layer, int64_t first_row, const kernels::Activations& x, float* out,
-                                int64_t num_tokens) {
+void Decoder::finish_projection(const quant::PackedMatrix& matrix, const float* bias,
+                                const float* norm, bool rotate, int layer, int64_t first_row,
+                                const kernels::Activations& x, float* out, int64_t num_tokens) {
   const int64_t dim = config_.head_dim;
-  matmul(matrix, first_row / kernels::kRowBlock, (first_row + dim) / kernels::kRowBlock, x, num_tokens, out, qkv_stride_);
+  matmul(matrix, first_row / kernels::kRowBlock, (first_row + dim) / kernels::kRowBlock, x,
+         num_tokens, out, qkv_stride_);
   if (bias == nullptr && norm == nullptr && !rotate) return;
   const int32_t rope_index = config_.layers[static_cast<size_t>(layer)].rope;
   const float* cos = floats(cos_);
   const float* sin = floats(sin_);
   for (int32_t i = 0; i < rope_index; ++i) {
-    const auto half = static_cast<int64_t>(config_.ropes[static_cast<size_t>(i)].inverse_frequencies.size());
+    const auto half =
+        static_cast<int64_t>(config_.ropes[static_cast<size_t>(i)].inverse_frequencies.size());
     cos += half * options_.max_batch_tokens;
     sin += half * options_.max_batch_tokens;
   }
-  const auto half = static_cast<int64_t>(config_.ropes[static_cast<size_t>(rope_index)].inverse_frequencies.size());
+  const auto half = static_cast<int64_t>(
+      config_.ropes[static_cast<size_t>(rope_index)].inverse_frequencies.size());
   for (int64_t t = 0; t < num_tokens; ++t) {
     float* head = out + t * qkv_stride_ + first_row;
     if (bias != nullptr) table_.add(head, bias + first_row, dim, head);
@@ -338,13 +363,15 @@ void Decoder::qkv_unit(StepState& step, int layer, int64_t unit, const kernels::
   const LayerConfig& place = config_.layers[static_cast<size_t>(layer)];
   const int64_t dim = config_.head_dim;
   const int64_t tokens = step.num_tokens();
-  const auto pointer = [](const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); };
+  const auto pointer = [](const std::vector<float>& values) {
+    return values.empty() ? nullptr : values.data();
+  };
   float* q = floats(qkv_);
   float* k = q + config_.num_heads * dim;
   float* v = k + config_.num_kv_heads * dim;
   if (unit >= config_.num_kv_heads) {  // a query head
-    finish_projection(w.q, pointer(w.q_bias), pointer(w.q_norm), true, layer, (unit - config_.num_kv_heads) * dim, x, q,
-                      tokens);
+    finish_projection(w.q, pointer(w.q_bias), pointer(w.q_norm), true, layer,
+                      (unit - config_.num_kv_heads) * dim, x, q, tokens);
     return;
   }
   const int64_t row = unit * dim;
@@ -389,14 +416,16 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
     for (int64_t unit = begin; unit < end; ++unit) qkv_unit(step, layer, unit, qkv_x);
   });
 
-  const AttentionPlan& plan = plans_[static_cast<size_t>(plan_of_layer_[static_cast<size_t>(layer)])];
+  const AttentionPlan& plan =
+      plans_[static_cast<size_t>(plan_of_layer_[static_cast<size_t>(layer)])];
   const int64_t num_units = static_cast<int64_t>(plan.items.size()) * config_.num_kv_heads;
   for_units(num_units, 4, phase, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
       const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
       const int64_t head = unit % config_.num_kv_heads;
-      const int64_t state = head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
+      const int64_t state =
+          head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
       kernels::AttentionParams params;
       params.kv = kv_->view(place.slot);
       params.kv_head = static_cast<int32_t>(head);
@@ -414,14 +443,17 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
       params.m = state_m_.data() + state;
       params.l = state_l_.data() + state;
       params.acc = state_acc_.data() + state * dim;
-      params.scratch = attention_scratch_.data() + static_cast<size_t>(thread) * (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
+      params.scratch = attention_scratch_.data() +
+                       static_cast<size_t>(thread) *
+                           (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
       table_.attention(params);
     }
   });
 
   const ActKinds out_kinds = kinds({&w.o});
   for_tokens(step, step.num_tokens(), phase, [&](int64_t t) {
-    const AttentionTile& tile = plan.tiles[static_cast<size_t>(plan.tile_of_token[static_cast<size_t>(t)])];
+    const AttentionTile& tile =
+        plan.tiles[static_cast<size_t>(plan.tile_of_token[static_cast<size_t>(t)])];
     for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
       const int64_t state = head * plan.num_states + tile.state + (t - tile.first_token) * group;
       kernels::AttentionFinishParams params;
@@ -458,7 +490,8 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
     hidden_in_.encode(table_, in_kinds, base + t, base + t + 1);
   });
   const kernels::Activations in_x = hidden_in_.view(base);
-  const auto activate = config_.activation == Activation::kSilu ? table_.silu_mul : table_.gelu_tanh_mul;
+  const auto activate =
+      config_.activation == Activation::kSilu ? table_.silu_mul : table_.gelu_tanh_mul;
   for_units(w.gate.num_row_blocks(), 64, phase, [&](int64_t begin, int64_t end) {
     matmul(w.gate, begin, end, in_x, step.num_tokens(), floats(gate_), ffn_stride_);
     matmul(w.up, begin, end, in_x, step.num_tokens(), floats(up_), ffn_stride_);
@@ -491,9 +524,11 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
   for_tokens(step, rows, phase, [&](int64_t r) {
     const int64_t t = step.batch.logit_rows[static_cast<size_t>(r)];
     float* x = floats(residual_) + (base + t) * hidden;
-    add_projection(x, floats(projection_) + t * hidden_stride_, weights_.layers().back().ffn_post_norm,
+    add_projection(x, floats(projection_) + t * hidden_stride_,
+                   weights_.layers().back().ffn_post_norm,
                    floats(norm_scratch_) + thread * hidden_stride_);
-    table_.rms_norm(x, weights_.final_norm().data(), config_.norm_eps, hidden, hidden_in_.row(base + r));
+    table_.rms_norm(x, weights_.final_norm().data(), config_.norm_eps, hidden,
+                    hidden_in_.row(base + r));
     hidden_in_.encode(table_, head_kinds, base + r, base + r + 1);
   });
   for (int64_t first = 0; first < rows; first += kHeadRows) {

@@ -1,4 +1,5 @@
-// The dense decoder family (Llama, Qwen2, Qwen3, Gemma 2/3) over a paged KV cache: one call per engine step.
+// The dense decoder family (Llama, Qwen2, Qwen3, Gemma 2/3) over a paged KV cache: one call per
+// engine step.
 //
 // A step runs as phases on the thread pool, separated by barriers, five per layer at batch 1:
 //   norm + encode, QKV (+ bias, q/k norm, RoPE, KV write by the owner of the head)      | barrier
@@ -6,11 +7,11 @@
 //   merge states + encode, output projection                                            | barrier
 //   residual, norm + encode, gate and up with the activation in the same rows           | barrier
 //   encode, down projection                                                             | barrier
-// Row-wise work (norm, encode) is done by every thread for itself while a step has few tokens, and is shared
-// out by token, at the price of one more barrier, when it has many.
+// Row-wise work (norm, encode) is done by every thread for itself while a step has few tokens, and
+// is shared out by token, at the price of one more barrier, when it has many.
 //
-// Logits depend on the tokens of their own sequence only, bitwise: every output element is one fixed chain of
-// additions, whatever the batch, the chunking and the number of threads.
+// Logits depend on the tokens of their own sequence only, bitwise: every output element is one
+// fixed chain of additions, whatever the batch, the chunking and the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -46,9 +47,9 @@ class Decoder {
   /// Gives the model its KV pages; must match the config's heads, slots and groups.
   void attach_kv(std::shared_ptr<kv::KvStorage> storage);
 
-  /// Runs one step. `sampling` is empty or has one entry per logit row; then `sampled` has as many. `logits`
-  /// (nullable) receives [R, vocab_size]. Throws InvalidArgument before touching any state when the batch is
-  /// malformed. Not re-entrant.
+  /// Runs one step. `sampling` is empty or has one entry per logit row; then `sampled` has as many.
+  /// `logits` (nullable) receives [R, vocab_size]. Throws InvalidArgument before touching any state
+  /// when the batch is malformed. Not re-entrant.
   void step(const ForwardBatch& batch, std::span<const sample::RowParams> sampling,
             std::span<sample::Result> sampled, float* logits);
 
@@ -69,8 +70,8 @@ class Decoder {
   void feed_forward(StepState& step, int layer, int thread, int& phase);
   void output_head(StepState& step, int thread, int& phase);
 
-  /// Calls body(token) for the tokens this thread must prepare: all of them (private copies) in a small step, its share
-  /// otherwise, followed by a barrier.
+  /// Calls body(token) for the tokens this thread must prepare: all of them (private copies) in a
+  /// small step, its share otherwise, followed by a barrier.
   template <typename Body>
   void for_tokens(const StepState& step, int64_t count, int& phase, const Body& body);
   /// Shares `total` units of a phase among the threads, then meets them at a barrier.
@@ -78,11 +79,14 @@ class Decoder {
   void for_units(int64_t total, int64_t max_grain, int& phase, const Body& body);
 
   void qkv_unit(StepState& step, int layer, int64_t unit, const kernels::Activations& x);
-  void finish_projection(const quant::PackedMatrix& matrix, const float* bias, const float* norm, bool rotate,
-                         int layer, int64_t first_row, const kernels::Activations& x, float* out, int64_t num_tokens);
+  void finish_projection(const quant::PackedMatrix& matrix, const float* bias, const float* norm,
+                         bool rotate, int layer, int64_t first_row, const kernels::Activations& x,
+                         float* out, int64_t num_tokens);
   void matmul(const quant::PackedMatrix& matrix, int64_t block_begin, int64_t block_end,
-              const kernels::Activations& x, int64_t num_tokens, float* out, int64_t out_stride) const;
-  void add_projection(float* x, const float* projection, const std::vector<float>& post_norm, float* scratch) const;
+              const kernels::Activations& x, int64_t num_tokens, float* out,
+              int64_t out_stride) const;
+  void add_projection(float* x, const float* projection, const std::vector<float>& post_norm,
+                      float* scratch) const;
   ActKinds kinds(std::initializer_list<const quant::PackedMatrix*> matrices) const;
   ActKinds all_kinds() const;
 
@@ -94,7 +98,8 @@ class Decoder {
   runtime::WorkQueue queue_;
   std::shared_ptr<kv::KvStorage> kv_;
 
-  // Workspace. Arrays of `rows_` rows have a private copy of the first rows per thread in a small step.
+  // Workspace. Arrays of `rows_` rows have a private copy of the first rows per thread in a small
+  // step.
   int64_t rows_;
   int64_t hidden_stride_;  // padded to whole row blocks, as are the others
   int64_t qkv_stride_;
@@ -102,7 +107,7 @@ class Decoder {
   int64_t vocab_stride_;
   Buffer residual_, projection_, qkv_, gate_, up_, logits_, norm_scratch_, cos_, sin_;
   ActivationBuffer hidden_in_, attention_in_, ffn_in_;
-  std::vector<AttentionPlan> plans_;        // one per distinct window
+  std::vector<AttentionPlan> plans_;  // one per distinct window
   std::vector<int32_t> plan_of_layer_;
   std::vector<float> state_m_, state_l_, state_acc_;
   Buffer attention_scratch_;

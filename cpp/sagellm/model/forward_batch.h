@@ -6,7 +6,8 @@
 
 namespace sagellm::model {
 
-/// S sequences, T tokens, R rows whose logits are wanted. See `ForwardBatch` in the Python backend interface.
+/// S sequences, T tokens, R rows whose logits are wanted. See `ForwardBatch` in the Python backend
+/// interface.
 struct ForwardBatch {
   std::span<const int32_t> token_ids;     // [T]
   std::span<const int32_t> positions;     // [T], consecutive within a sequence
@@ -22,7 +23,8 @@ struct ForwardBatch {
   int32_t num_logit_rows() const { return static_cast<int32_t>(logit_rows.size()); }
 
   const int32_t* block_table(int32_t group, int32_t sequence) const {
-    return block_tables.data() + (static_cast<int64_t>(group) * num_sequences() + sequence) * max_blocks;
+    return block_tables.data() +
+           (static_cast<int64_t>(group) * num_sequences() + sequence) * max_blocks;
   }
 };
 

@@ -37,8 +37,8 @@ class Loader {
     const TensorSource& from = source(name);
     const checkpoint::TensorInfo& info = from.file->tensor(from.tensor);
     if (info.shape != shape) {
-      fail<CorruptFile>("tensor '", from.tensor, "' (", name, ") has shape ", to_string(info.shape), ", expected ",
-                        to_string(shape));
+      fail<CorruptFile>("tensor '", from.tensor, "' (", name, ") has shape ", to_string(info.shape),
+                        ", expected ", to_string(shape));
     }
     return info;
   }
@@ -64,8 +64,9 @@ class Loader {
   void matrix(const std::string& name, int64_t n, int64_t k, quant::PackedMatrix& out) {
     const checkpoint::TensorInfo& info = tensor(name, {n, k});
     const TensorSource& from = source(name);
-    require<CorruptFile>(from.unpermute_heads == 0 || n % (2 * from.unpermute_heads) == 0, "tensor '", name,
-                         "' cannot be split into ", from.unpermute_heads, " heads");
+    require<CorruptFile>(from.unpermute_heads == 0 || n % (2 * from.unpermute_heads) == 0,
+                         "tensor '", name, "' cannot be split into ", from.unpermute_heads,
+                         " heads");
     out.format = quant::packed_format_of(info.format);
     out.n = n;
     out.k = k;
@@ -84,8 +85,10 @@ class Loader {
     std::vector<Chunk> chunks;
     for (const Job& job : jobs_) {
       const int64_t blocks = job.out->num_row_blocks();
-      const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / static_cast<int64_t>(job.out->row_block_stride));
-      for (int64_t b = 0; b < blocks; b += step) chunks.push_back({&job, b, std::min(b + step, blocks)});
+      const int64_t step = std::max<int64_t>(
+          1, (int64_t{1} << 20) / static_cast<int64_t>(job.out->row_block_stride));
+      for (int64_t b = 0; b < blocks; b += step)
+        chunks.push_back({&job, b, std::min(b + step, blocks)});
     }
     runtime::WorkQueue queue(1);
     pool.run([&](int) {
@@ -95,7 +98,8 @@ class Loader {
           const Job& job = *chunk.job;
           quant::pack_row_blocks(job.info->format, job.info->data,
                                  static_cast<size_t>(row_bytes(job.info->format, job.out->k)),
-                                 std::span<const int64_t>(job.row_map), *job.out, chunk.begin, chunk.end);
+                                 std::span<const int64_t>(job.row_map), *job.out, chunk.begin,
+                                 chunk.end);
         }
       });
     });
@@ -108,10 +112,12 @@ class Loader {
     std::vector<int64_t> row_map;
   };
 
-  /// All matrices share one mapping, in the order in which a step reads them, so that small ones get huge pages too.
+  /// All matrices share one mapping, in the order in which a step reads them, so that small ones
+  /// get huge pages too.
   void allocate() {
     const auto bytes = [](const quant::PackedMatrix& m) {
-      return static_cast<size_t>(round_up(static_cast<int64_t>(m.row_block_stride) * m.num_row_blocks(), 64));
+      return static_cast<size_t>(
+          round_up(static_cast<int64_t>(m.row_block_stride) * m.num_row_blocks(), 64));
     };
     size_t total = 0;
     for (const Job& job : jobs_) total += bytes(*job.out);
@@ -179,7 +185,8 @@ Weights::Weights(const ModelConfig& config, const TensorSources& sources, runtim
   loader.run(pool);
 
   for (const LayerWeights& layer : layers_) {
-    for (const quant::PackedMatrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+    for (const quant::PackedMatrix* m :
+         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
       bytes_ += m->bytes();
     }
   }
@@ -191,7 +198,8 @@ void Weights::embedding(int32_t token, float* out) const {
   if (embedding_file_ == nullptr) {
     quant::unpack_row(head_, token, out);
   } else {
-    quant::dequantize_row(embedding_format_, embedding_rows_ + token * embedding_row_bytes_, out, hidden_size_);
+    quant::dequantize_row(embedding_format_, embedding_rows_ + token * embedding_row_bytes_, out,
+                          hidden_size_);
   }
 }
 

@@ -33,8 +33,8 @@ struct LayerWeights {
   std::vector<float> q_norm, k_norm;
 };
 
-/// All weights of a model. With tied embeddings `head` serves both ends; otherwise embedding rows are read
-/// straight from the (memory-mapped) checkpoint, one row per token.
+/// All weights of a model. With tied embeddings `head` serves both ends; otherwise embedding rows
+/// are read straight from the (memory-mapped) checkpoint, one row per token.
 class Weights {
  public:
   /// Loads and packs everything; throws CorruptFile or Unsupported naming the tensor.

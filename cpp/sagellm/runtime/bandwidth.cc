@@ -50,19 +50,24 @@ double read_bandwidth(int num_threads, size_t bytes, int repeat) {
   ThreadPool pool(num_threads);
   Buffer buffer(bytes);
   const size_t share = bytes / static_cast<size_t>(num_threads) / 64 * 64;
-  pool.run([&](int thread) { std::memset(buffer.data() + static_cast<size_t>(thread) * share, thread + 1, share); });
+  pool.run([&](int thread) {
+    std::memset(buffer.data() + static_cast<size_t>(thread) * share, thread + 1, share);
+  });
   std::atomic<uint64_t> sink{0};
   std::vector<double> seconds;
   for (int i = 0; i <= repeat; ++i) {
     const auto start = std::chrono::steady_clock::now();
     pool.run([&](int thread) {
-      sink.fetch_xor(read_all(buffer.data() + static_cast<size_t>(thread) * share, share), std::memory_order_relaxed);
+      sink.fetch_xor(read_all(buffer.data() + static_cast<size_t>(thread) * share, share),
+                     std::memory_order_relaxed);
     });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     if (i > 0) seconds.push_back(elapsed.count());
   }
-  std::nth_element(seconds.begin(), seconds.begin() + static_cast<ptrdiff_t>(seconds.size() / 2), seconds.end());
-  return static_cast<double>(share * static_cast<size_t>(num_threads)) / seconds[seconds.size() / 2];
+  std::nth_element(seconds.begin(), seconds.begin() + static_cast<ptrdiff_t>(seconds.size() / 2),
+                   seconds.end());
+  return static_cast<double>(share * static_cast<size_t>(num_threads)) /
+         seconds[seconds.size() / 2];
 }
 
 size_t peak_resident_bytes() { return status_bytes("VmHWM:"); }

@@ -60,7 +60,8 @@ ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), barrier_(nu
     epoch_.fetch_add(1);
     epoch_.notify_all();
     for (std::thread& thread : threads_) thread.join();
-    fail<DeviceError>("the system allowed only ", started, " of ", num_threads, " threads; lower --threads");
+    fail<DeviceError>("the system allowed only ", started, " of ", num_threads,
+                      " threads; lower --threads");
   }
 }
 

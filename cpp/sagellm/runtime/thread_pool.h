@@ -1,7 +1,8 @@
-// A persistent team of threads for one model: fork-join runs, a fast barrier, self-scheduled ranges.
+// A persistent team of threads for one model: fork-join runs, a fast barrier, self-scheduled
+// ranges.
 //
-// Waiting spins for a few microseconds (phases of a decode step are that short), then sleeps on a futex, so that a
-// busy host costs a wake-up and not a time slice. Threads are not pinned.
+// Waiting spins for a few microseconds (phases of a decode step are that short), then sleeps on a
+// futex, so that a busy host costs a wake-up and not a time slice. Threads are not pinned.
 #pragma once
 
 #include <atomic>
@@ -29,8 +30,8 @@ class Barrier {
 /// Fixed threads that run one task at a time together with the caller (thread 0).
 class ThreadPool {
  public:
-  /// Starts `num_threads - 1` threads; throws InvalidArgument below 1 or above 1024, DeviceError when the
-  /// system refuses a thread.
+  /// Starts `num_threads - 1` threads; throws InvalidArgument below 1 or above 1024, DeviceError
+  /// when the system refuses a thread.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -38,10 +39,12 @@ class ThreadPool {
 
   int size() const { return num_threads_; }
 
-  /// Calls task(thread_index) on every thread and waits for all. The task must not throw. One run at a time.
+  /// Calls task(thread_index) on every thread and waits for all. The task must not throw. One run
+  /// at a time.
   template <typename Task>
   void run(Task&& task) {
-    run_erased([](void* context, int thread) { (*static_cast<std::remove_reference_t<Task>*>(context))(thread); },
+    run_erased([](void* context,
+                  int thread) { (*static_cast<std::remove_reference_t<Task>*>(context))(thread); },
                const_cast<void*>(static_cast<const void*>(&task)));
   }
 
@@ -62,7 +65,8 @@ class ThreadPool {
   std::vector<std::thread> threads_;
 };
 
-/// Counters for self-scheduled ranges: one per phase of a step, so that none is reset while threads use it.
+/// Counters for self-scheduled ranges: one per phase of a step, so that none is reset while threads
+/// use it.
 class WorkQueue {
  public:
   explicit WorkQueue(int num_phases) : next_(static_cast<size_t>(num_phases)) {}
@@ -72,7 +76,8 @@ class WorkQueue {
     for (Counter& counter : next_) counter.value.store(0, std::memory_order_relaxed);
   }
 
-  /// Claims chunks of `grain` items of [0, total) in phase `phase` until none is left, calling body(begin, end).
+  /// Claims chunks of `grain` items of [0, total) in phase `phase` until none is left, calling
+  /// body(begin, end).
   template <typename Body>
   void for_each(int phase, int64_t total, int64_t grain, Body&& body) {
     std::atomic<int64_t>& next = next_[static_cast<size_t>(phase)].value;

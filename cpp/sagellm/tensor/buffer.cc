@@ -17,9 +17,11 @@ Buffer::Buffer(size_t size) : size_(size) {
   // One page more than needed leaves room to start on a huge-page boundary.
   require<DeviceError>(size <= SIZE_MAX / 2, "cannot reserve ", size, " bytes of memory");
   const size_t reserved = huge ? (size + 2 * kHugePage - 1) / kHugePage * kHugePage : size;
-  void* start = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* start = mmap(nullptr, reserved, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (start == MAP_FAILED) {
-    fail<DeviceError>("cannot reserve ", size, " bytes of memory; lower the KV budget or use a smaller model");
+    fail<DeviceError>("cannot reserve ", size,
+                      " bytes of memory; lower the KV budget or use a smaller model");
   }
   mapping_ = std::shared_ptr<void>(start, [reserved](void* p) { munmap(p, reserved); });
   data_ = static_cast<uint8_t*>(start);
@@ -32,8 +34,8 @@ Buffer::Buffer(size_t size) : size_(size) {
 }
 
 Buffer Buffer::slice(size_t offset, size_t size) {
-  require<InvalidArgument>(offset % 64 == 0 && offset <= size_ && size <= size_ - offset, "slice [", offset, ", +", size,
-                           ") does not fit a buffer of ", size_, " bytes");
+  require<InvalidArgument>(offset % 64 == 0 && offset <= size_ && size <= size_ - offset, "slice [",
+                           offset, ", +", size, ") does not fit a buffer of ", size_, " bytes");
   Buffer part;
   part.mapping_ = mapping_;
   part.data_ = data_ + offset;

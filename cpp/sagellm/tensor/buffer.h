@@ -8,7 +8,8 @@
 namespace sagellm {
 
 /// Move-only anonymous memory, zero-filled, aligned to a page (2 MiB when `size` >= 2 MiB, where
-/// transparent huge pages are requested with madvise). Memory is committed when it is first touched.
+/// transparent huge pages are requested with madvise). Memory is committed when it is first
+/// touched.
 class Buffer {
  public:
   Buffer() = default;
@@ -23,8 +24,8 @@ class Buffer {
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
 
-  /// A part of this memory that keeps the whole alive: many small arrays, one run of huge pages. Throws
-  /// InvalidArgument when the range is not inside, or `offset` not a multiple of 64.
+  /// A part of this memory that keeps the whole alive: many small arrays, one run of huge pages.
+  /// Throws InvalidArgument when the range is not inside, or `offset` not a multiple of 64.
   Buffer slice(size_t offset, size_t size);
 
  private:

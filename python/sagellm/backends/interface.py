@@ -36,7 +36,7 @@ class ForwardBatch:
 
 @dataclass(slots=True, kw_only=True)  # not frozen: built for every token
 class SamplingRow:
-    """How to choose one token. The rule, with values already validated:
+    """How to choose one token, from validated values. The rule, in order.
 
     1. ``bias_ids/bias_values`` are added to the logits.
     2. ``repetition_penalty`` p: for ids in ``history`` (prompt and output), a positive logit is

@@ -42,6 +42,9 @@ class File {
   /// cannot be read.
   const TensorInfo& tensor(const std::string& name) const;
 
+  /// Tells the file that [begin, begin + size) of its data is not needed soon; it stays readable.
+  virtual void forget(const uint8_t* /*begin*/, size_t /*size*/) const noexcept {}
+
  protected:
   explicit File(std::string name) : name_(std::move(name)) {}
 

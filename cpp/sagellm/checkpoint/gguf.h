@@ -58,6 +58,10 @@ class GgufFile final : public File {
 
   const std::map<std::string, GgufValue>& metadata() const { return metadata_; }
 
+  void forget(const uint8_t* begin, size_t size) const noexcept override {
+    mapping_.forget(begin, size);
+  }
+
  private:
   class Parser;
 

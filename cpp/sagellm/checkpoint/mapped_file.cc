@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <system_error>
 #include <utility>
@@ -73,6 +74,18 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;
+}
+
+void MappedFile::forget(const uint8_t* begin, size_t size) const noexcept {
+  constexpr uintptr_t kPage = 4096;
+  const auto base = reinterpret_cast<uintptr_t>(data_);
+  const uintptr_t first = std::max(reinterpret_cast<uintptr_t>(begin), base);
+  const uintptr_t last = std::min(reinterpret_cast<uintptr_t>(begin) + size, base + size_);
+  const uintptr_t from = (first + kPage - 1) / kPage * kPage;
+  const uintptr_t to = last / kPage * kPage;
+  if (data_ != nullptr && from < to) {
+    (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);  // advice only
+  }
 }
 
 MappedFile::~MappedFile() {

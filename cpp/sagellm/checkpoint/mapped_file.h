@@ -24,6 +24,10 @@ class MappedFile {
 
   std::span<const uint8_t> bytes() const { return {data_, size_}; }
 
+  /// Gives the resident pages inside [begin, begin + size) back to the system; a later read brings
+  /// them in again. Ignores what lies outside of the mapping.
+  void forget(const uint8_t* begin, size_t size) const noexcept;
+
  private:
   const uint8_t* data_ = nullptr;
   size_t size_ = 0;

@@ -23,6 +23,10 @@ class SafetensorsFile final : public File {
   /// The `__metadata__` entry of the header; empty when there is none.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
+  void forget(const uint8_t* begin, size_t size) const noexcept override {
+    mapping_.forget(begin, size);
+  }
+
  private:
   class Parser;
 

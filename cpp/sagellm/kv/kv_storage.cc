@@ -39,15 +39,15 @@ KvStorage::KvStorage(int64_t num_blocks, int64_t num_slots, int64_t num_kv_heads
                            "a KV cache of ", num_blocks, " blocks of ", block_bytes,
                            " bytes exceeds the address space; lower the KV budget");
   head_stride_ = 2 * block_size * head_dim;
-  block_stride_ = num_kv_heads * head_stride_;
+  slot_stride_ = num_kv_heads * head_stride_;
+  block_stride_ = num_slots * slot_stride_;
   buffer_ = Buffer(static_cast<size_t>(size));
 }
 
 kernels::KvView KvStorage::view(int slot) {
   require<InvalidArgument>(slot >= 0 && slot < num_slots_, "slot is ", slot, ", must be in 0..",
                            num_slots_ - 1);
-  return {.pool = reinterpret_cast<uint16_t*>(buffer_.data()) +
-                  slot * (num_blocks_ + 1) * block_stride_,
+  return {.pool = reinterpret_cast<uint16_t*>(buffer_.data()) + slot * slot_stride_,
           .block_stride = block_stride_,
           .head_stride = head_stride_,
           .block_size = static_cast<int32_t>(block_size_),
@@ -59,11 +59,9 @@ void KvStorage::copy_block(int32_t source, int32_t destination) {
   require<InvalidArgument>(valid(source) && valid(destination), "block copy ", source, " -> ",
                            destination, " is outside of blocks 1..", num_blocks_);
   if (source == destination) return;
-  for (int slot = 0; slot < num_slots_; ++slot) {
-    uint16_t* pages = view(slot).pool;
-    std::memcpy(pages + destination * block_stride_, pages + source * block_stride_,
-                static_cast<size_t>(block_stride_ * kElementBytes));
-  }
+  const int64_t bytes = bytes_per_block();
+  std::memcpy(buffer_.data() + destination * bytes, buffer_.data() + source * bytes,
+              static_cast<size_t>(bytes));
 }
 
 }  // namespace sagellm::kv

@@ -9,8 +9,9 @@
 namespace sagellm::kv {
 
 /// Pages of `num_blocks` usable blocks and of block 0 (padding: readable, never owned). Slot i of a
-/// block belongs to the i-th layer of the block's group. Layout: [slot][block][kv head][sub-page],
-/// bf16, zero at the start, so that a position never written reads as a finite value.
+/// block belongs to the i-th layer of the block's group. Layout: [block][slot][kv head][sub-page],
+/// bf16, zero at the start, so that a position never written reads as a finite value. A block is one
+/// run of memory: few pages are touched while few blocks are in use, and it moves in one copy.
 class KvStorage {
  public:
   /// Throws InvalidArgument naming the bad size; block_size must be a multiple of 16, head_dim even
@@ -31,7 +32,7 @@ class KvStorage {
   int block_size() const { return static_cast<int>(block_size_); }
   /// All memory, block 0 included.
   int64_t bytes() const { return static_cast<int64_t>(buffer_.size()); }
-  int64_t bytes_per_block() const { return num_slots_ * block_stride_ * kElementBytes; }
+  int64_t bytes_per_block() const { return block_stride_ * kElementBytes; }
 
   /// bytes_per_block of a storage of these sizes, for planning before there is one.
   static int64_t bytes_per_block(int64_t num_slots, int64_t num_kv_heads, int64_t head_dim,
@@ -46,6 +47,7 @@ class KvStorage {
   int64_t head_dim_;
   int64_t block_size_;
   int64_t head_stride_;   // in elements
+  int64_t slot_stride_;   // in elements
   int64_t block_stride_;  // in elements
   Buffer buffer_;
 };

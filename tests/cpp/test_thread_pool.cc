@@ -45,9 +45,9 @@ TEST_P(ThreadPoolTest, QueueHandsOutEveryItemOnce) {
   for (int round = 0; round < 20; ++round) {
     queue.reset();
     std::vector<std::atomic<int>> seen(1000);
-    pool.run([&](int) {
+    pool.run([&](int thread) {
       for (int phase = 0; phase < 3; ++phase) {
-        queue.for_each(phase, 1000, 7, [&](int64_t begin, int64_t end) {
+        queue.for_each(phase, thread, pool.size(), 1000, 7, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) seen[static_cast<size_t>(i)].fetch_add(1);
         });
       }

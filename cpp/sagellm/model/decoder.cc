@@ -15,6 +15,9 @@ namespace {
 
 constexpr int32_t kSmallStep = 2;  // tokens up to which every thread prepares all rows itself
 constexpr int32_t kHeadRows = 64;  // logit rows per pass over the output head
+constexpr int32_t kStreamingTokens =
+    8;  // steps up to this size wait for weights, not for arithmetic
+constexpr int64_t kPrefetchBytes = 4096;  // of the next phase's weights, asked for before a barrier
 constexpr int64_t kTokenBlockBytes = int64_t{256}
                                      << 10;  // activations that should stay in the L2 cache
 
@@ -224,23 +227,50 @@ void Decoder::run_step(StepState& step, int thread) {
 }
 
 template <typename Body>
-void Decoder::for_tokens(const StepState& step, int64_t count, int& phase, const Body& body) {
+void Decoder::for_tokens(const StepState& step, int thread, int64_t count, int& phase,
+                         const Body& body) {
   if (step.small) {
     for (int64_t t = 0; t < count; ++t) body(t);
     return;
   }
   const int64_t grain = std::clamp<int64_t>(count / (4 * pool_.size()), 1, 16);
-  queue_.for_each(phase++, count, grain, [&](int64_t begin, int64_t end) {
+  queue_.for_each(phase++, thread, pool_.size(), count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(t);
   });
   pool_.barrier();
 }
 
 template <typename Body>
-void Decoder::for_units(int64_t total, int64_t max_grain, int& phase, const Body& body) {
-  const int64_t grain = std::clamp<int64_t>(total / (4 * pool_.size()), 1, max_grain);
-  queue_.for_each(phase++, total, grain, body);
+void Decoder::for_units(const Units& units, int thread, int& phase, const Body& body,
+                        const uint8_t* upcoming) {
+  queue_.for_each(phase++, thread, pool_.size(), units.total, units.grain, body);
+  if (upcoming != nullptr) {
+    for (int64_t i = 0; i < kPrefetchBytes; i += 64) __builtin_prefetch(upcoming + i, 0, 2);
+  }
   pool_.barrier();
+}
+
+Decoder::Units Decoder::units(int64_t total, int64_t max_grain) const {
+  return {total, std::clamp<int64_t>(total / (4 * pool_.size()), 1, max_grain)};
+}
+
+Decoder::Units Decoder::units(const quant::PackedMatrix& matrix) const {
+  return units(matrix.num_row_blocks(), 256);
+}
+
+const uint8_t* Decoder::upcoming(const StepState& step, const quant::PackedMatrix& matrix,
+                                 int64_t block) const {
+  const bool streams = step.num_tokens() <= kStreamingTokens && block < matrix.num_row_blocks();
+  return streams ? matrix.row_block(block) : nullptr;
+}
+
+const uint8_t* Decoder::upcoming_qkv(const StepState& step, int layer, int thread) const {
+  if (layer == config_.num_layers()) {
+    const quant::PackedMatrix& head = weights_.head();
+    return upcoming(step, head, thread * units(head).grain);
+  }
+  const LayerWeights& w = weights_.layers()[static_cast<size_t>(layer)];
+  return upcoming(step, w.k, int64_t{thread} * config_.head_dim / kernels::kRowBlock);
 }
 
 ActKinds Decoder::kinds(std::initializer_list<const quant::PackedMatrix*> matrices) const {
@@ -310,26 +340,29 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
   if (step.small) {
     for (int64_t t = 0; t < step.num_tokens(); ++t) embed_token(t);
   }
-  for_units(step.num_tokens(), 16, phase, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      if (!step.small) embed_token(t);
-      float* cos = floats(cos_);
-      float* sin = floats(sin_);
-      for (const Rope& rope : config_.ropes) {
-        const auto half = static_cast<int64_t>(rope.inverse_frequencies.size());
-        for (int64_t i = 0; i < half; ++i) {
-          const double angle = step.batch.positions[static_cast<size_t>(t)] *
-                               rope.inverse_frequencies[static_cast<size_t>(i)];
-          cos[t * half + i] =
-              static_cast<float>(std::cos(angle) * static_cast<double>(rope.attention_factor));
-          sin[t * half + i] =
-              static_cast<float>(std::sin(angle) * static_cast<double>(rope.attention_factor));
+  for_units(
+      units(step.num_tokens(), 16), thread, phase,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          if (!step.small) embed_token(t);
+          float* cos = floats(cos_);
+          float* sin = floats(sin_);
+          for (const Rope& rope : config_.ropes) {
+            const auto half = static_cast<int64_t>(rope.inverse_frequencies.size());
+            for (int64_t i = 0; i < half; ++i) {
+              const double angle = step.batch.positions[static_cast<size_t>(t)] *
+                                   rope.inverse_frequencies[static_cast<size_t>(i)];
+              cos[t * half + i] =
+                  static_cast<float>(std::cos(angle) * static_cast<double>(rope.attention_factor));
+              sin[t * half + i] =
+                  static_cast<float>(std::sin(angle) * static_cast<double>(rope.attention_factor));
+            }
+            cos += half * options_.max_batch_tokens;
+            sin += half * options_.max_batch_tokens;
+          }
         }
-        cos += half * options_.max_batch_tokens;
-        sin += half * options_.max_batch_tokens;
-      }
-    }
-  });
+      },
+      upcoming_qkv(step, 0, thread));
 }
 
 void Decoder::finish_projection(const quant::PackedMatrix& matrix, const float* bias,
@@ -402,7 +435,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
   float* scratch = floats(norm_scratch_) + thread * hidden_stride_;
 
   const ActKinds qkv_kinds = kinds({&w.q, &w.k, &w.v});
-  for_tokens(step, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
     float* x = floats(residual_) + (base + t) * hidden;
     if (layer > 0) {
       add_projection(x, floats(projection_) + t * hidden_stride_,
@@ -412,46 +445,50 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
     hidden_in_.encode(table_, qkv_kinds, base + t, base + t + 1);
   });
   const kernels::Activations qkv_x = hidden_in_.view(base);
-  for_units(config_.num_kv_heads + config_.num_heads, 1, phase, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) qkv_unit(step, layer, unit, qkv_x);
-  });
+  for_units(units(config_.num_kv_heads + config_.num_heads, 1), thread, phase,
+            [&](int64_t begin, int64_t end) {
+              for (int64_t unit = begin; unit < end; ++unit) qkv_unit(step, layer, unit, qkv_x);
+            });
 
   const AttentionPlan& plan =
       plans_[static_cast<size_t>(plan_of_layer_[static_cast<size_t>(layer)])];
   const int64_t num_units = static_cast<int64_t>(plan.items.size()) * config_.num_kv_heads;
-  for_units(num_units, 4, phase, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
-      const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
-      const int64_t head = unit % config_.num_kv_heads;
-      const int64_t state =
-          head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
-      kernels::AttentionParams params;
-      params.kv = kv_->view(place.slot);
-      params.kv_head = static_cast<int32_t>(head);
-      params.block_table = step.batch.block_table(place.group, tile.sequence);
-      params.q = floats(qkv_) + tile.first_token * qkv_stride_ + head * group * dim;
-      params.q_stride = qkv_stride_;
-      params.group = group;
-      params.num_tokens = tile.num_tokens;
-      params.first_position = tile.first_position;
-      params.split_begin = item.split_begin;
-      params.split_end = item.split_end;
-      params.window = place.window;
-      params.scale = config_.attention_scale;
-      params.softcap = config_.attention_softcap;
-      params.m = state_m_.data() + state;
-      params.l = state_l_.data() + state;
-      params.acc = state_acc_.data() + state * dim;
-      params.scratch = attention_scratch_.data() +
-                       static_cast<size_t>(thread) *
-                           (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
-      table_.attention(params);
-    }
-  });
+  for_units(
+      units(num_units, 4), thread, phase,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
+          const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
+          const int64_t head = unit % config_.num_kv_heads;
+          const int64_t state =
+              head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
+          kernels::AttentionParams params;
+          params.kv = kv_->view(place.slot);
+          params.kv_head = static_cast<int32_t>(head);
+          params.block_table = step.batch.block_table(place.group, tile.sequence);
+          params.q = floats(qkv_) + tile.first_token * qkv_stride_ + head * group * dim;
+          params.q_stride = qkv_stride_;
+          params.group = group;
+          params.num_tokens = tile.num_tokens;
+          params.first_position = tile.first_position;
+          params.split_begin = item.split_begin;
+          params.split_end = item.split_end;
+          params.window = place.window;
+          params.scale = config_.attention_scale;
+          params.softcap = config_.attention_softcap;
+          params.m = state_m_.data() + state;
+          params.l = state_l_.data() + state;
+          params.acc = state_acc_.data() + state * dim;
+          params.scratch = attention_scratch_.data() +
+                           static_cast<size_t>(thread) *
+                               (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
+          table_.attention(params);
+        }
+      },
+      upcoming(step, w.o, thread * units(w.o).grain));
 
   const ActKinds out_kinds = kinds({&w.o});
-  for_tokens(step, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
     const AttentionTile& tile =
         plan.tiles[static_cast<size_t>(plan.tile_of_token[static_cast<size_t>(t)])];
     for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
@@ -471,9 +508,12 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
     attention_in_.encode(table_, out_kinds, base + t, base + t + 1);
   });
   const kernels::Activations out_x = attention_in_.view(base);
-  for_units(w.o.num_row_blocks(), 64, phase, [&](int64_t begin, int64_t end) {
-    matmul(w.o, begin, end, out_x, step.num_tokens(), floats(projection_), hidden_stride_);
-  });
+  for_units(
+      units(w.o), thread, phase,
+      [&](int64_t begin, int64_t end) {
+        matmul(w.o, begin, end, out_x, step.num_tokens(), floats(projection_), hidden_stride_);
+      },
+      upcoming(step, w.gate, thread * units(w.gate).grain));
 }
 
 void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
@@ -483,7 +523,7 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
   float* scratch = floats(norm_scratch_) + thread * hidden_stride_;
 
   const ActKinds in_kinds = kinds({&w.gate, &w.up});
-  for_tokens(step, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
     float* x = floats(residual_) + (base + t) * hidden;
     add_projection(x, floats(projection_) + t * hidden_stride_, w.attn_post_norm, scratch);
     table_.rms_norm(x, w.ffn_norm.data(), config_.norm_eps, hidden, hidden_in_.row(base + t));
@@ -492,26 +532,32 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
   const kernels::Activations in_x = hidden_in_.view(base);
   const auto activate =
       config_.activation == Activation::kSilu ? table_.silu_mul : table_.gelu_tanh_mul;
-  for_units(w.gate.num_row_blocks(), 64, phase, [&](int64_t begin, int64_t end) {
-    matmul(w.gate, begin, end, in_x, step.num_tokens(), floats(gate_), ffn_stride_);
-    matmul(w.up, begin, end, in_x, step.num_tokens(), floats(up_), ffn_stride_);
-    const int64_t first = begin * kernels::kRowBlock;
-    const int64_t count = (end - begin) * kernels::kRowBlock;
-    for (int64_t t = 0; t < step.num_tokens(); ++t) {
-      float* gate = floats(gate_) + t * ffn_stride_ + first;
-      activate(gate, floats(up_) + t * ffn_stride_ + first, count, gate);
-    }
-  });
+  for_units(
+      units(w.gate), thread, phase,
+      [&](int64_t begin, int64_t end) {
+        matmul(w.gate, begin, end, in_x, step.num_tokens(), floats(gate_), ffn_stride_);
+        matmul(w.up, begin, end, in_x, step.num_tokens(), floats(up_), ffn_stride_);
+        const int64_t first = begin * kernels::kRowBlock;
+        const int64_t count = (end - begin) * kernels::kRowBlock;
+        for (int64_t t = 0; t < step.num_tokens(); ++t) {
+          float* gate = floats(gate_) + t * ffn_stride_ + first;
+          activate(gate, floats(up_) + t * ffn_stride_ + first, count, gate);
+        }
+      },
+      upcoming(step, w.down, thread * units(w.down).grain));
 
   const ActKinds down_kinds = kinds({&w.down});
-  for_tokens(step, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
     std::copy_n(floats(gate_) + t * ffn_stride_, config_.intermediate_size, ffn_in_.row(base + t));
     ffn_in_.encode(table_, down_kinds, base + t, base + t + 1);
   });
   const kernels::Activations down_x = ffn_in_.view(base);
-  for_units(w.down.num_row_blocks(), 64, phase, [&](int64_t begin, int64_t end) {
-    matmul(w.down, begin, end, down_x, step.num_tokens(), floats(projection_), hidden_stride_);
-  });
+  for_units(
+      units(w.down), thread, phase,
+      [&](int64_t begin, int64_t end) {
+        matmul(w.down, begin, end, down_x, step.num_tokens(), floats(projection_), hidden_stride_);
+      },
+      upcoming_qkv(step, layer + 1, thread));
 }
 
 void Decoder::output_head(StepState& step, int thread, int& phase) {
@@ -521,7 +567,7 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
   const int64_t rows = step.batch.num_logit_rows();
   const quant::PackedMatrix& head = weights_.head();
   const ActKinds head_kinds = kinds({&head});
-  for_tokens(step, rows, phase, [&](int64_t r) {
+  for_tokens(step, thread, rows, phase, [&](int64_t r) {
     const int64_t t = step.batch.logit_rows[static_cast<size_t>(r)];
     float* x = floats(residual_) + (base + t) * hidden;
     add_projection(x, floats(projection_) + t * hidden_stride_,
@@ -534,10 +580,10 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
   for (int64_t first = 0; first < rows; first += kHeadRows) {
     const int64_t count = std::min<int64_t>(kHeadRows, rows - first);
     const kernels::Activations x = hidden_in_.view(base + first);
-    for_units(head.num_row_blocks(), 256, phase, [&](int64_t begin, int64_t end) {
+    for_units(units(head), thread, phase, [&](int64_t begin, int64_t end) {
       matmul(head, begin, end, x, count, floats(logits_), vocab_stride_);
     });
-    for_units(count, 1, phase, [&](int64_t begin, int64_t end) {
+    for_units(units(count, 1), thread, phase, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         float* logits = floats(logits_) + i * vocab_stride_;
         const auto row = static_cast<size_t>(first + i);

@@ -92,18 +92,20 @@ class Loader {
         chunks.push_back({&job, b, std::min(b + step, blocks)});
     }
     runtime::WorkQueue queue(1);
-    pool.run([&](int) {
-      queue.for_each(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const Chunk& chunk = chunks[static_cast<size_t>(i)];
-          const Job& job = *chunk.job;
-          quant::pack_row_blocks(job.info->format, job.info->data,
-                                 static_cast<size_t>(row_bytes(job.info->format, job.out->k)),
-                                 std::span<const int64_t>(job.row_map), *job.out, chunk.begin,
-                                 chunk.end);
-          forget_rows(job, chunk.begin, chunk.end);
-        }
-      });
+    pool.run([&](int thread) {
+      queue.for_each(0, thread, pool.size(), static_cast<int64_t>(chunks.size()), 1,
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t i = begin; i < end; ++i) {
+                         const Chunk& chunk = chunks[static_cast<size_t>(i)];
+                         const Job& job = *chunk.job;
+                         quant::pack_row_blocks(
+                             job.info->format, job.info->data,
+                             static_cast<size_t>(row_bytes(job.info->format, job.out->k)),
+                             std::span<const int64_t>(job.row_map), *job.out, chunk.begin,
+                             chunk.end);
+                         forget_rows(job, chunk.begin, chunk.end);
+                       }
+                     });
     });
   }
 

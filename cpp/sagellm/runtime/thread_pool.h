@@ -76,15 +76,15 @@ class WorkQueue {
     for (Counter& counter : next_) counter.value.store(0, std::memory_order_relaxed);
   }
 
-  /// Claims chunks of `grain` items of [0, total) in phase `phase` until none is left, calling
-  /// body(begin, end).
+  /// Shares [0, total) of phase `phase` in chunks of `grain`: thread t begins with chunk t, the
+  /// rest goes to whoever asks. Calls body(begin, end) for each chunk of this thread.
   template <typename Body>
-  void for_each(int phase, int64_t total, int64_t grain, Body&& body) {
+  void for_each(int phase, int thread, int num_threads, int64_t total, int64_t grain, Body&& body) {
     std::atomic<int64_t>& next = next_[static_cast<size_t>(phase)].value;
-    for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= total) return;
+    int64_t begin = thread * grain;
+    while (begin < total) {
       body(begin, begin + grain < total ? begin + grain : total);
+      begin = num_threads * grain + next.fetch_add(grain, std::memory_order_relaxed);
     }
   }
 

@@ -62,11 +62,15 @@ class ArrayOps:
             return np.ascontiguousarray(values, dtype=np.float32)
         return np.ascontiguousarray(values.cpu().numpy(), dtype=np.float32)
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        """A float32 array of zeros on the device."""
+    def zeros(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        """An array of zeros on the device; ``dtype`` is the namespace's, None is float32."""
         if self._namespace == "numpy":
-            return np.zeros(shape, np.float32)
-        return self._torch.zeros(shape, dtype=self._torch.float32, device=self.device)
+            return np.zeros(shape, dtype or np.float32)
+        return self._torch.zeros(shape, dtype=dtype or self._torch.float32, device=self.device)
+
+    def cast(self, x: Array, dtype: Any = None) -> Array:
+        """``x`` in another dtype, itself when it has that one; None is float32."""
+        return self.xp.astype(x, dtype or self.xp.float32, copy=False)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
@@ -110,15 +114,21 @@ def _import_torch(device: str) -> Any:
         torch = importlib.import_module("torch")
         if device.startswith("npu"):
             importlib.import_module("torch_npu")  # registers the device
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise DeviceUnavailableError(
             f"{error.name} is not installed; pip install 'sagellm[torch]' (and torch_npu for "
             "Ascend)"
         ) from error
+    except (ImportError, OSError, RuntimeError) as error:  # a driver or a library is missing
+        reason = str(error).partition("\n")[0]
+        raise DeviceUnavailableError(
+            f"torch for device {device!r} does not load: {reason}; install versions of torch, "
+            "torch_npu and the driver that belong together"
+        ) from error
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise DeviceUnavailableError(
             f"torch device {device!r} cannot run here: {reason}"
         ) from error

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sagellm.backends.array_ops import ArrayOps
 from sagellm.backends.cpu import CpuRunner
 from sagellm.backends.reference import ReferenceRunner
 from sagellm.errors import DeviceUnavailableError, InvalidArgumentError
@@ -21,7 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEVICES = ("auto", "cpu", "reference", "torch", "mock")
+DEVICES = ("auto", "cuda", "ascend", "cpu", "reference", "torch", "mock")
+_INDEXED = ("cuda", "ascend")  # take :INDEX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,33 +43,27 @@ class DeviceStatus:
 
 
 def probe_devices() -> list[DeviceStatus]:
-    """Probes every device, best first; nothing is loaded on any of them."""
-    return [
-        _probe_cpu(),
-        DeviceStatus(name="reference", available=True, reason="NumPy, float32"),
-        _probe_torch(),
-    ]
+    """Probes every device, best first; no model is loaded on any of them."""
+    return [_probe(name) for name in _PROBES]
 
 
 def select_device(device: str = "auto") -> str:
     """Resolves ``auto`` to the best device that runs here; checks one that was named.
 
+    Args:
+        device: One of ``DEVICES``. ``ascend`` may carry an index, as in ``ascend:1``, and
+            ``torch`` a torch device, as in ``torch:cuda:0``.
+
     Raises:
         InvalidArgumentError: An unknown device name.
         DeviceUnavailableError: The named device cannot run here; there is no fallback.
     """
-    base = device.split(":", 1)[0]
-    if base not in DEVICES:
-        raise InvalidArgumentError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
-    if device == "mock":
-        return device
-    statuses = {status.name: status for status in probe_devices()}
     if device == "auto":
-        for status in statuses.values():
-            if status.available:
-                logger.info("device %s: %s", status.name, status.reason)
-                return status.name
-    status = statuses[base]
+        return _best_device()
+    name, index = _parse(device)
+    if name == "mock":
+        return device
+    status = _probe(name, index)
     if not status.available:
         raise DeviceUnavailableError(f"device {device!r} cannot run here: {status.reason}")
     return device
@@ -75,9 +74,11 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
 
     Args:
         checkpoint: An opened model.
-        device: ``auto``, ``cpu``, ``reference`` (NumPy), ``torch`` or ``torch:DEVICE`` (such as ``torch:npu:0``).
-        **options: Options of the backend: ``threads``, ``max_batch_tokens``, ``precision``, ``isa`` for ``cpu``. Options
-            that are None are left to the backend.
+        device: ``auto``, ``cpu``, ``reference`` (NumPy), ``ascend`` or ``ascend:INDEX`` (the
+            reference backend on torch's ``npu``), ``torch`` or ``torch:DEVICE`` (the same on any
+            torch device).
+        **options: Options of the backend: ``threads``, ``max_batch_tokens``, ``precision``,
+            ``isa`` for ``cpu``. Options that are None are left to the backend.
 
     Raises:
         InvalidArgumentError: An unknown device, or an option that the device does not have.
@@ -91,30 +92,130 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
         given.pop(name, None)
     if given:
         raise InvalidArgumentError(f"device {chosen!r} has no option {', '.join(sorted(given))}")
-    if chosen == "reference":
+    name, _, rest = chosen.partition(":")
+    if name == "reference":
         return ReferenceRunner(checkpoint)
-    if chosen.startswith("torch"):
-        return ReferenceRunner(
-            checkpoint, array_namespace="torch", device=chosen.partition(":")[2] or "cpu"
-        )
+    if name == "ascend":
+        return ReferenceRunner(checkpoint, array_namespace="torch", device=f"npu:{rest or 0}")
+    if name == "torch":
+        return ReferenceRunner(checkpoint, array_namespace="torch", device=rest or "cpu")
     raise InvalidArgumentError(
-        "device 'mock' has no model files; build sagellm.backends.mock.MockRunner and hand it to Engine"
+        "device 'mock' has no model files; build sagellm.backends.mock.MockRunner and hand it to "
+        "Engine"
     )
 
 
-def _probe_cpu() -> DeviceStatus:
+def _best_device() -> str:
+    """The first device whose probe passes; logs one line with why the better ones are not it."""
+    passed_over = ""
+    for name in _PROBES:
+        status = _probe(name)
+        if status.available:
+            logger.info("device %s: %s%s", name, status.reason, passed_over)
+            return name
+        cause = status.reason.partition(";")[0]  # the remedies are in `sagellm info`
+        passed_over += f"; not {name}: {cause}"
+    raise DeviceUnavailableError(f"no device can run here{passed_over}")
+
+
+def _parse(device: str) -> tuple[str, int]:
+    """Name and index of a device other than ``auto``."""
+    name, colon, rest = device.partition(":")
+    if name not in DEVICES:
+        raise InvalidArgumentError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    if not colon or (name == "torch" and rest):
+        return name, 0
+    if name not in _INDEXED or not (rest.isascii() and rest.isdigit()):
+        form = f"{name}:INDEX, such as {name}:0" if name in _INDEXED else name
+        raise InvalidArgumentError(f"device {device!r} is not of the form {form}")
+    return name, int(rest)
+
+
+def _probe(name: str, index: int = 0) -> DeviceStatus:
+    """Runs the probe of one device. What it raises is the reason."""
     try:
-        core = load_core()
+        return DeviceStatus(name=name, available=True, reason=_PROBES[name](index))
     except DeviceUnavailableError as error:
-        return DeviceStatus(name="cpu", available=False, reason=str(error))
-    isa = core.kernels.selected_isa()
-    failure = _self_test(core, isa)
+        return DeviceStatus(name=name, available=False, reason=str(error))
+
+
+def _probe_cuda(index: int) -> str:
+    raise DeviceUnavailableError(
+        "this version has no CUDA kernels; use device 'cpu', or 'torch:cuda' with a torch built "
+        "for CUDA (the reference backend: correct, not fast)"
+    )
+
+
+def _probe_ascend(index: int) -> str:
+    for package in ("torch", "torch_npu"):
+        if not _is_installed(package):
+            raise DeviceUnavailableError(
+                f"{package} is not installed; install CANN, torch and the torch_npu that matches"
+            )
+    try:
+        count = int(importlib.import_module("torch_npu").npu.device_count())
+    except (ImportError, OSError, RuntimeError) as error:  # CANN or the driver is missing
+        reason = str(error).partition("\n")[0]
+        raise DeviceUnavailableError(
+            f"torch_npu does not load: {reason}; source CANN's set_env.sh and check that driver, "
+            "CANN, torch and torch_npu belong together"
+        ) from error
+    if index >= count:
+        raise DeviceUnavailableError(
+            f"torch_npu sees {count} devices, so there is no npu:{index}; check npu-smi and "
+            "ASCEND_RT_VISIBLE_DEVICES"
+        )
+    try:
+        failure = _self_test_torch(ArrayOps("torch", f"npu:{index}"))
+    except RuntimeError as error:  # an operator that the device or its driver refuses
+        failure = str(error).partition("\n")[0]
     if failure:
-        return DeviceStatus(name="cpu", available=False, reason=f"self-test failed: {failure}")
-    return DeviceStatus(name="cpu", available=True, reason=f"native kernels, {isa}")
+        raise DeviceUnavailableError(
+            f"self-test on npu:{index} failed: {failure}; check that driver, CANN, torch and "
+            "torch_npu belong together"
+        )
+    return f"reference backend on torch npu:{index}, {count} devices"
 
 
-def _self_test(core: ModuleType, isa: str) -> str | None:
+def _probe_cpu(index: int) -> str:
+    core = load_core()
+    isa = core.kernels.selected_isa()
+    failure = _self_test_core(core, isa)
+    if failure:
+        raise DeviceUnavailableError(
+            f"self-test failed: {failure}; force another path with SAGELLM_CPU_ISA, or use device "
+            "'reference'"
+        )
+    return f"native kernels, {isa}"
+
+
+def _probe_reference(index: int) -> str:
+    return "NumPy, float32"
+
+
+def _probe_torch(index: int) -> str:
+    if not _is_installed("torch"):
+        raise DeviceUnavailableError("torch is not installed; pip install 'sagellm[torch]'")
+    return "reference backend on torch; name the device, as in torch:cpu"
+
+
+_PROBES: dict[str, Callable[[int], str]] = {
+    "cuda": _probe_cuda,
+    "ascend": _probe_ascend,
+    "cpu": _probe_cpu,
+    "reference": _probe_reference,
+    "torch": _probe_torch,
+}  # best first
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it: torch takes seconds."""
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
+
+
+def _self_test_core(core: ModuleType, isa: str) -> str | None:
     """Multiplies a small Q8_0 matrix on the selected kernels; returns what is wrong, or None."""
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((16, 64), dtype=np.float32)
@@ -126,11 +227,20 @@ def _self_test(core: ModuleType, isa: str) -> str | None:
     return None if error < 0.2 else f"matmul differs from NumPy by {error:.3g}"
 
 
-def _probe_torch() -> DeviceStatus:
-    if importlib.util.find_spec("torch") is None:
-        return DeviceStatus(
-            name="torch", available=False, reason="torch is not installed; pip install 'sagellm[torch]'"
-        )
-    return DeviceStatus(
-        name="torch", available=True, reason="reference backend on torch; name the device, as in torch:cpu"
-    )
+def _self_test_torch(ops: ArrayOps) -> str | None:
+    """A small attention over paged keys on the device; returns what is wrong, or None."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((5, 64), (64, 64)))
+    visible = np.tril(np.ones((5, 5), np.bool_))
+
+    def attention(on: ArrayOps) -> Any:
+        h = on.rms_norm(on.linear(on.array(x), on.array(weight)), on.array(weight[0]), 1e-6)
+        pages = on.zeros((4, 2, 64))
+        place = on.indices(np.array([3, 3, 1, 1, 2])), on.indices(np.array([0, 1, 0, 1, 0]))
+        pages[place] = h
+        scores = on.softcap(h @ pages[place].T * 0.125, 50.0)
+        return on.activation("silu", on.softmax(scores, on.array(visible)) @ pages[place])
+
+    got, expected = ops.numpy(attention(ops)), attention(ArrayOps("numpy"))
+    error = float(np.abs(got - expected).max())
+    return None if error < 0.02 else f"attention differs from NumPy by {error:.3g}"

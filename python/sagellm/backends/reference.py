@@ -2,11 +2,13 @@
 
 It is the oracle of the tests, the mode without a build, and the way onto devices that have torch
 but no kernels of ours. Weights and activations are float32; keys and values live in paged arrays
-that the same block tables address as the native core's.
+that the same block tables address as the native core's. Those are float32 too, or float16 on an
+Ascend device whose fused paged attention serves the model (``npu_attention``).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,12 +18,15 @@ from numpy.typing import NDArray
 
 from sagellm.backends.array_ops import Array, ArrayNamespace, ArrayOps
 from sagellm.backends.interface import ForwardBatch, SamplingRow, StepOutput
+from sagellm.backends.npu_attention import choose_paged_attention, pages_refusal
 from sagellm.backends.numpy_sampler import sample_rows
 from sagellm.checkpoint.checkpoint import Checkpoint
 from sagellm.checkpoint.config import ModelConfig, RopeConfig
 from sagellm.checkpoint.rope import inverse_frequencies
 from sagellm.errors import InvalidArgumentError, ResourceExhaustedError
 from sagellm.kv import KvCache, KvGroup, create_kv_cache, plan_kv_groups
+
+logger = logging.getLogger(__name__)
 
 _QUERY_TILE = 256  # query tokens scored at once; bounds the score matrix
 
@@ -35,6 +40,21 @@ class _Layer:
     rope: int
     group: int
     slot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decodes:
+    """The sequences of a step that bring one token, as the fused attention wants them.
+
+    Attributes:
+        rows: ``[D]`` indices into the step's tokens.
+        lengths: Tokens of each sequence, the new one included.
+        tables: Block tables ``[D, B]`` int32, by group.
+    """
+
+    rows: Array
+    lengths: tuple[int, ...]
+    tables: tuple[Array, ...]
 
 
 class ReferenceRunner:
@@ -59,6 +79,8 @@ class ReferenceRunner:
             ResourceExhaustedError: The weights do not fit into memory.
         """
         self._ops = ArrayOps(array_namespace, device)
+        self._paged_attention = choose_paged_attention(self._ops, checkpoint.config)
+        self._kv_dtype = self._paged_attention.dtype if self._paged_attention else None
         self._device = "reference" if array_namespace == "numpy" else f"torch:{self._ops.device}"
         self._config = checkpoint.config
         self._groups = plan_kv_groups(self._config.layer_windows)
@@ -67,11 +89,11 @@ class ReferenceRunner:
             weights = {
                 name: self._ops.array(checkpoint.load_f32(name)) for name in checkpoint.sources
             }
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:  # torch has no single error for it
             raise ResourceExhaustedError(
-                f"the weights need {4 * checkpoint.num_parameters >> 20} MiB as float32, more "
-                "than is free; "
-                "use a smaller model or the native backend"
+                f"the weights need {4 * checkpoint.num_parameters >> 20} MiB as float32, which "
+                f"did not load on {self._ops.device} ({str(error).partition(chr(10))[0]}); use a "
+                "smaller model or the native backend"
             ) from error
         self._memory = {"weights": 4 * checkpoint.num_parameters, "kv": 0, "workspace": 0}
         self._embed: Array = weights["embed"]
@@ -105,10 +127,10 @@ class ReferenceRunner:
         return dict(self._memory)
 
     def kv_bytes_per_block(self, block_size: int) -> int:
-        """Bytes of one KV block of ``block_size`` tokens (float32)."""
-        return (
-            2 * 4 * block_size * self._num_slots * self._config.num_kv_heads * self._config.head_dim
-        )
+        """Bytes of one KV block of ``block_size`` tokens."""
+        row = self._config.num_kv_heads * self._config.head_dim
+        width = 4 if self._kv_dtype is None else int(self._kv_dtype.itemsize)
+        return 2 * width * block_size * self._num_slots * row
 
     def allocate_kv(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
@@ -131,14 +153,20 @@ class ReferenceRunner:
         shape = (self._num_slots, num_blocks + 1, block_size, heads, dim)
         nbytes = (num_blocks + 1) * self.kv_bytes_per_block(block_size)  # block 0 is padding
         try:
-            self._keys, self._values = self._ops.zeros(shape), self._ops.zeros(shape)
+            self._keys = self._ops.zeros(shape, self._kv_dtype)
+            self._values = self._ops.zeros(shape, self._kv_dtype)
         except (MemoryError, RuntimeError) as error:
+            self._keys = self._values = None
             raise ResourceExhaustedError(
                 f"{num_blocks} KV blocks need {nbytes >> 20} MiB, more than is free; lower the KV "
                 "memory budget"
             ) from error
         self._block_size, self._num_blocks = block_size, num_blocks
         self._memory["kv"] = nbytes
+        refusal = self._paged_attention and pages_refusal(num_blocks + 1, block_size, heads, dim)
+        if refusal:
+            logger.info("%s: decode uses plain attention: %s", self._ops.device, refusal)
+            self._paged_attention = None
         return cache
 
     def step(
@@ -197,11 +225,14 @@ class ReferenceRunner:
         rotations = [self._rotation(rope, batch.positions) for rope in self._ropes]
         # Where each token's keys and values go, by group: block ids and offsets, [T] each.
         places = [self._places(batch, table) for table in batch.block_tables]
+        decodes = self._decodes(batch)
         x = self._embed[ops.indices(batch.token_ids)] * config.embedding_scale
         for layer in self._layers:
             w = layer.weights
             h = ops.rms_norm(x, w["attn_norm"], config.norm_eps)
-            h = self._attention(h, layer, batch, rotations[layer.rope], places[layer.group])
+            rotation, place = rotations[layer.rope], places[layer.group]
+            # The fused attention has no window.
+            h = self._attention(h, layer, batch, rotation, place, None if layer.window else decodes)
             if config.post_norms:
                 h = ops.rms_norm(h, w["attn_post_norm"], config.norm_eps)
             x = x + h
@@ -221,8 +252,12 @@ class ReferenceRunner:
         batch: ForwardBatch,
         rotation: tuple[Array, Array],
         places: tuple[Array, Array],
+        decodes: _Decodes | None,
     ) -> Array:
-        """Self-attention of all sequences, ``[T, hidden]`` to ``[T, hidden]``."""
+        """Self-attention of all sequences, ``[T, hidden]`` to ``[T, hidden]``.
+
+        ``decodes`` take the fused attention, everything else the plain one.
+        """
         ops, config, w = self._ops, self._config, layer.weights
         shape = (x.shape[0], -1, config.head_dim)
         q = ops.xp.reshape(ops.linear(x, w["q"], w.get("q_bias")), shape)
@@ -232,17 +267,34 @@ class ReferenceRunner:
             q = ops.rms_norm(q, w["q_norm"], config.norm_eps)
             k = ops.rms_norm(k, w["k_norm"], config.norm_eps)
         q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
-        self._keys[layer.slot][places] = k
-        self._values[layer.slot][places] = v
-        pieces = []
+        keys, values = self._keys[layer.slot], self._values[layer.slot]
+        keys[places], values[places] = ops.cast(k, self._kv_dtype), ops.cast(v, self._kv_dtype)
+        out = ops.zeros((x.shape[0], config.num_heads * config.head_dim))
+        if decodes is not None and self._paged_attention is not None:
+            rows, table = decodes.rows, decodes.tables[layer.group]
+            out[rows] = self._paged_attention(
+                q[rows], keys, values, table, decodes.lengths, config.attention_scale
+            )
         for s, (begin, end) in enumerate(_spans(batch)):
+            if decodes is not None and end - begin == 1:
+                continue
             table = batch.block_tables[layer.group, s]
             for first in range(begin, end, _QUERY_TILE):
-                last = min(first + _QUERY_TILE, end)
-                pieces.append(
-                    self._attend(q[first:last], batch.positions[first:last], table, layer)
-                )
-        return ops.linear(ops.xp.concat(pieces, axis=0), w["o"])
+                tile = slice(first, min(first + _QUERY_TILE, end))
+                out[tile] = self._attend(q[tile], batch.positions[tile], table, layer)
+        return ops.linear(out, w["o"])
+
+    def _decodes(self, batch: ForwardBatch) -> _Decodes | None:
+        """The sequences for the fused attention; None when there are none or it is not used."""
+        sequences = np.flatnonzero(np.diff(batch.query_starts) == 1)
+        if self._paged_attention is None or not len(sequences):
+            return None
+        rows = batch.query_starts[sequences]
+        return _Decodes(
+            rows=self._ops.indices(rows),
+            lengths=tuple((batch.positions[rows] + 1).tolist()),
+            tables=tuple(self._ops.array(table[sequences]) for table in batch.block_tables),
+        )
 
     def _attend(
         self, q: Array, positions: NDArray[np.int32], table: NDArray[np.int32], layer: _Layer
@@ -260,10 +312,10 @@ class ReferenceRunner:
         if layer.window:
             visible &= seen > positions[:, None] - layer.window
         place = (ops.indices(table[seen // self._block_size]), ops.indices(seen % self._block_size))
-        keys = xp.permute_dims(self._keys[layer.slot][place], (1, 2, 0))  # [kv_heads, dim, seen]
-        values = xp.permute_dims(
-            self._values[layer.slot][place], (1, 0, 2)
-        )  # [kv_heads, seen, dim]
+        keys = ops.cast(self._keys[layer.slot][place])  # [seen, kv_heads, dim]
+        values = ops.cast(self._values[layer.slot][place])
+        keys = xp.permute_dims(keys, (1, 2, 0))  # [kv_heads, dim, seen]
+        values = xp.permute_dims(values, (1, 0, 2))  # [kv_heads, seen, dim]
         # Query head h reads kv head h // group: rows of one kv head are its group's heads, then
         # tokens.
         q = xp.reshape(xp.permute_dims(q, (1, 0, 2)), (kv_heads, group * n, dim))

@@ -18,7 +18,7 @@ std::string_view device_kind_name(Device::Kind kind) {
 
 std::string to_string(Device device) {
   std::string name(device_kind_name(device.kind));
-  if (device.kind != Device::Kind::kCpu) name += ":" + std::to_string(device.index);
+  if (device.kind != Device::Kind::kCpu) name.append(":").append(std::to_string(device.index));
   return name;
 }
 

@@ -4,13 +4,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "sagellm/kernels/op_params.h"
 #include "sagellm/kernels/params.h"
 #include "sagellm/tensor/buffer.h"
 
 namespace sagellm::model {
 
 /// How quantized matmuls represent activations: one int8 plane per 32 values, or two (15 bits).
-enum class Precision : uint8_t { kA8, kA15 };
+using Precision = kernels::ActPrecision;
 
 /// A set of representations; which ones a phase needs follows from its weight formats.
 struct ActKinds {

@@ -15,11 +15,7 @@ namespace {
 
 constexpr int32_t kSmallStep = 2;  // tokens up to which every thread prepares all rows itself
 constexpr int32_t kHeadRows = 64;  // logit rows per pass over the output head
-constexpr int32_t kStreamingTokens =
-    8;  // steps up to this size wait for weights, not for arithmetic
-constexpr int64_t kPrefetchBytes = 4096;  // of the next phase's weights, asked for before a barrier
-constexpr int64_t kTokenBlockBytes = int64_t{256}
-                                     << 10;  // activations that should stay in the L2 cache
+constexpr int64_t kTokenBlockBytes = int64_t{256} << 10;  // activations kept in the L2 cache
 
 Buffer float_buffer(int64_t rows, int64_t stride) {
   return Buffer(static_cast<size_t>(rows * stride) * sizeof(float));
@@ -241,12 +237,8 @@ void Decoder::for_tokens(const StepState& step, int thread, int64_t count, int& 
 }
 
 template <typename Body>
-void Decoder::for_units(const Units& units, int thread, int& phase, const Body& body,
-                        const uint8_t* upcoming) {
+void Decoder::for_units(const Units& units, int thread, int& phase, const Body& body) {
   queue_.for_each(phase++, thread, pool_.size(), units.total, units.grain, body);
-  if (upcoming != nullptr) {
-    for (int64_t i = 0; i < kPrefetchBytes; i += 64) __builtin_prefetch(upcoming + i, 0, 2);
-  }
   pool_.barrier();
 }
 
@@ -256,21 +248,6 @@ Decoder::Units Decoder::units(int64_t total, int64_t max_grain) const {
 
 Decoder::Units Decoder::units(const quant::PackedMatrix& matrix) const {
   return units(matrix.num_row_blocks(), 256);
-}
-
-const uint8_t* Decoder::upcoming(const StepState& step, const quant::PackedMatrix& matrix,
-                                 int64_t block) const {
-  const bool streams = step.num_tokens() <= kStreamingTokens && block < matrix.num_row_blocks();
-  return streams ? matrix.row_block(block) : nullptr;
-}
-
-const uint8_t* Decoder::upcoming_qkv(const StepState& step, int layer, int thread) const {
-  if (layer == config_.num_layers()) {
-    const quant::PackedMatrix& head = weights_.head();
-    return upcoming(step, head, thread * units(head).grain);
-  }
-  const LayerWeights& w = weights_.layers()[static_cast<size_t>(layer)];
-  return upcoming(step, w.k, int64_t{thread} * config_.head_dim / kernels::kRowBlock);
 }
 
 ActKinds Decoder::kinds(std::initializer_list<const quant::PackedMatrix*> matrices) const {
@@ -340,29 +317,26 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
   if (step.small) {
     for (int64_t t = 0; t < step.num_tokens(); ++t) embed_token(t);
   }
-  for_units(
-      units(step.num_tokens(), 16), thread, phase,
-      [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          if (!step.small) embed_token(t);
-          float* cos = floats(cos_);
-          float* sin = floats(sin_);
-          for (const Rope& rope : config_.ropes) {
-            const auto half = static_cast<int64_t>(rope.inverse_frequencies.size());
-            for (int64_t i = 0; i < half; ++i) {
-              const double angle = step.batch.positions[static_cast<size_t>(t)] *
-                                   rope.inverse_frequencies[static_cast<size_t>(i)];
-              cos[t * half + i] =
-                  static_cast<float>(std::cos(angle) * static_cast<double>(rope.attention_factor));
-              sin[t * half + i] =
-                  static_cast<float>(std::sin(angle) * static_cast<double>(rope.attention_factor));
-            }
-            cos += half * options_.max_batch_tokens;
-            sin += half * options_.max_batch_tokens;
-          }
+  for_units(units(step.num_tokens(), 16), thread, phase, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      if (!step.small) embed_token(t);
+      float* cos = floats(cos_);
+      float* sin = floats(sin_);
+      for (const Rope& rope : config_.ropes) {
+        const auto half = static_cast<int64_t>(rope.inverse_frequencies.size());
+        for (int64_t i = 0; i < half; ++i) {
+          const double angle = step.batch.positions[static_cast<size_t>(t)] *
+                               rope.inverse_frequencies[static_cast<size_t>(i)];
+          cos[t * half + i] =
+              static_cast<float>(std::cos(angle) * static_cast<double>(rope.attention_factor));
+          sin[t * half + i] =
+              static_cast<float>(std::sin(angle) * static_cast<double>(rope.attention_factor));
         }
-      },
-      upcoming_qkv(step, 0, thread));
+        cos += half * options_.max_batch_tokens;
+        sin += half * options_.max_batch_tokens;
+      }
+    }
+  });
 }
 
 void Decoder::finish_projection(const quant::PackedMatrix& matrix, const float* bias,
@@ -453,39 +427,36 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
   const AttentionPlan& plan =
       plans_[static_cast<size_t>(plan_of_layer_[static_cast<size_t>(layer)])];
   const int64_t num_units = static_cast<int64_t>(plan.items.size()) * config_.num_kv_heads;
-  for_units(
-      units(num_units, 4), thread, phase,
-      [&](int64_t begin, int64_t end) {
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
-          const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
-          const int64_t head = unit % config_.num_kv_heads;
-          const int64_t state =
-              head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
-          kernels::AttentionParams params;
-          params.kv = kv_->view(place.slot);
-          params.kv_head = static_cast<int32_t>(head);
-          params.block_table = step.batch.block_table(place.group, tile.sequence);
-          params.q = floats(qkv_) + tile.first_token * qkv_stride_ + head * group * dim;
-          params.q_stride = qkv_stride_;
-          params.group = group;
-          params.num_tokens = tile.num_tokens;
-          params.first_position = tile.first_position;
-          params.split_begin = item.split_begin;
-          params.split_end = item.split_end;
-          params.window = place.window;
-          params.scale = config_.attention_scale;
-          params.softcap = config_.attention_softcap;
-          params.m = state_m_.data() + state;
-          params.l = state_l_.data() + state;
-          params.acc = state_acc_.data() + state * dim;
-          params.scratch = attention_scratch_.data() +
-                           static_cast<size_t>(thread) *
-                               (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
-          table_.attention(params);
-        }
-      },
-      upcoming(step, w.o, thread * units(w.o).grain));
+  for_units(units(num_units, 4), thread, phase, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
+      const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
+      const int64_t head = unit % config_.num_kv_heads;
+      const int64_t state =
+          head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
+      kernels::AttentionParams params;
+      params.kv = kv_->view(place.slot);
+      params.kv_head = static_cast<int32_t>(head);
+      params.block_table = step.batch.block_table(place.group, tile.sequence);
+      params.q = floats(qkv_) + tile.first_token * qkv_stride_ + head * group * dim;
+      params.q_stride = qkv_stride_;
+      params.group = group;
+      params.num_tokens = tile.num_tokens;
+      params.first_position = tile.first_position;
+      params.split_begin = item.split_begin;
+      params.split_end = item.split_end;
+      params.window = place.window;
+      params.scale = config_.attention_scale;
+      params.softcap = config_.attention_softcap;
+      params.m = state_m_.data() + state;
+      params.l = state_l_.data() + state;
+      params.acc = state_acc_.data() + state * dim;
+      params.scratch = attention_scratch_.data() +
+                       static_cast<size_t>(thread) *
+                           (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
+      table_.attention(params);
+    }
+  });
 
   const ActKinds out_kinds = kinds({&w.o});
   for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
@@ -508,12 +479,9 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
     attention_in_.encode(table_, out_kinds, base + t, base + t + 1);
   });
   const kernels::Activations out_x = attention_in_.view(base);
-  for_units(
-      units(w.o), thread, phase,
-      [&](int64_t begin, int64_t end) {
-        matmul(w.o, begin, end, out_x, step.num_tokens(), floats(projection_), hidden_stride_);
-      },
-      upcoming(step, w.gate, thread * units(w.gate).grain));
+  for_units(units(w.o), thread, phase, [&](int64_t begin, int64_t end) {
+    matmul(w.o, begin, end, out_x, step.num_tokens(), floats(projection_), hidden_stride_);
+  });
 }
 
 void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
@@ -532,19 +500,16 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
   const kernels::Activations in_x = hidden_in_.view(base);
   const auto activate =
       config_.activation == Activation::kSilu ? table_.silu_mul : table_.gelu_tanh_mul;
-  for_units(
-      units(w.gate), thread, phase,
-      [&](int64_t begin, int64_t end) {
-        matmul(w.gate, begin, end, in_x, step.num_tokens(), floats(gate_), ffn_stride_);
-        matmul(w.up, begin, end, in_x, step.num_tokens(), floats(up_), ffn_stride_);
-        const int64_t first = begin * kernels::kRowBlock;
-        const int64_t count = (end - begin) * kernels::kRowBlock;
-        for (int64_t t = 0; t < step.num_tokens(); ++t) {
-          float* gate = floats(gate_) + t * ffn_stride_ + first;
-          activate(gate, floats(up_) + t * ffn_stride_ + first, count, gate);
-        }
-      },
-      upcoming(step, w.down, thread * units(w.down).grain));
+  for_units(units(w.gate), thread, phase, [&](int64_t begin, int64_t end) {
+    matmul(w.gate, begin, end, in_x, step.num_tokens(), floats(gate_), ffn_stride_);
+    matmul(w.up, begin, end, in_x, step.num_tokens(), floats(up_), ffn_stride_);
+    const int64_t first = begin * kernels::kRowBlock;
+    const int64_t count = (end - begin) * kernels::kRowBlock;
+    for (int64_t t = 0; t < step.num_tokens(); ++t) {
+      float* gate = floats(gate_) + t * ffn_stride_ + first;
+      activate(gate, floats(up_) + t * ffn_stride_ + first, count, gate);
+    }
+  });
 
   const ActKinds down_kinds = kinds({&w.down});
   for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
@@ -552,12 +517,9 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
     ffn_in_.encode(table_, down_kinds, base + t, base + t + 1);
   });
   const kernels::Activations down_x = ffn_in_.view(base);
-  for_units(
-      units(w.down), thread, phase,
-      [&](int64_t begin, int64_t end) {
-        matmul(w.down, begin, end, down_x, step.num_tokens(), floats(projection_), hidden_stride_);
-      },
-      upcoming_qkv(step, layer + 1, thread));
+  for_units(units(w.down), thread, phase, [&](int64_t begin, int64_t end) {
+    matmul(w.down, begin, end, down_x, step.num_tokens(), floats(projection_), hidden_stride_);
+  });
 }
 
 void Decoder::output_head(StepState& step, int thread, int& phase) {

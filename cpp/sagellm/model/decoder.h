@@ -78,17 +78,11 @@ class Decoder {
   /// small step, its share otherwise, followed by a barrier.
   template <typename Body>
   void for_tokens(const StepState& step, int thread, int64_t count, int& phase, const Body& body);
-  /// Shares the units of a phase among the threads, then meets them at a barrier. `upcoming` is
-  /// where this thread's share of the next phase's weights begins (null: not worth a prefetch): the
-  /// memory works while the thread waits and prepares.
+  /// Shares the units of a phase among the threads, then meets them at a barrier.
   template <typename Body>
-  void for_units(const Units& units, int thread, int& phase, const Body& body,
-                 const uint8_t* upcoming = nullptr);
+  void for_units(const Units& units, int thread, int& phase, const Body& body);
   Units units(int64_t total, int64_t max_grain) const;
   Units units(const quant::PackedMatrix& matrix) const;
-  const uint8_t* upcoming(const StepState& step, const quant::PackedMatrix& matrix,
-                          int64_t block) const;
-  const uint8_t* upcoming_qkv(const StepState& step, int layer, int thread) const;
 
   void qkv_unit(StepState& step, int layer, int64_t unit, const kernels::Activations& x);
   void finish_projection(const quant::PackedMatrix& matrix, const float* bias, const float* norm,

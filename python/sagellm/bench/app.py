@@ -17,7 +17,8 @@ from sagellm.errors import InvalidArgumentError
 from sagellm.native import load_core
 
 app = typer.Typer(
-    help="Measures this machine. Close other programs first; every figure comes with the memory bandwidth of the run.",
+    help="Measures this machine. Close other programs first; every figure comes with the memory "
+    "bandwidth of the run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,7 +27,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
 Profile = Annotated[
     Path | None,
-    typer.Option("--profile", help="Write a gperftools CPU profile here (needs ENABLE_GPERFTOOLS)."),
+    typer.Option(
+        "--profile", help="Write a gperftools CPU profile here (needs SAGE_ENABLE_GPERFTOOLS=1)."
+    ),
 ]
 
 
@@ -100,8 +103,8 @@ def _profiled(path: Path | None) -> Iterator[None]:
     profiler = load_core().profiler
     if not profiler.available:
         raise InvalidArgumentError(
-            "this build has no profiler; install gperftools (libgoogle-perftools-dev) and reinstall with "
-            "SAGE_ENABLE_GPERFTOOLS=1"
+            "this build has no profiler; install gperftools (libgoogle-perftools-dev) and "
+            "reinstall with SAGE_ENABLE_GPERFTOOLS=1"
         )
     profiler.start(str(path))
     try:

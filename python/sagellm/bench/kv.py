@@ -9,7 +9,7 @@ from sagellm.native import load_core
 
 
 def run(*, num_blocks: int) -> dict[str, Any]:
-    """Nanoseconds per block of allocate + free, and of the prefix path (hash, match, publish, free)."""
+    """Nanoseconds per block: allocate + free, and the prefix path (match, publish, free)."""
     return dict(load_core().kv.benchmark(num_blocks))
 
 

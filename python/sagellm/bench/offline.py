@@ -1,8 +1,8 @@
-"""A real model driven through the engine: prefill, decode, first token, memory, against the machine's bandwidth.
+"""A real model driven through the engine, against the machine's memory bandwidth.
 
-Every repeat runs a prefill pass (all prompts, one token each), a bandwidth probe and a full pass, in this order, so that
-the probe is of the same minute as the figures. Prompts are random token ids, different in every repeat and stream: no
-prefix is ever shared.
+Every repeat runs a prefill pass (all prompts, one token each), a bandwidth probe and a full pass,
+in this order, so that the probe is of the same minute as the figures. Prompts are random token ids,
+different in every repeat and stream: no prefix is ever shared.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ class OfflineResult:
         decode_tps: Output tokens per second over all streams, once every stream decodes.
         ttft_ms: Submission to the first token of the last stream.
         startup_s: Process start to a loaded engine.
-        bytes_per_token: Weight bytes of one step divided by the streams, plus the KV bytes of one stream at its mean
-            context. None where the backend does not know.
+        bytes_per_token: Weight bytes of one step divided by the streams, plus the KV bytes of one
+            stream at its mean context. None where the backend does not know.
         decode_gbps: bytes_per_token * decode_tps, in 10^9.
-        probe_gbps: Read bandwidth over as many bytes as the weights, in the same minute; None without the native core.
-        logits_hash: SHA-256 (16 hex digits) of the float32 logits of a fixed prompt: equal hashes, equal bytes.
+        probe_gbps: Read bandwidth over as many bytes as the weights, in the same minute; None
+            without the native core.
+        probe_percent: decode_gbps as a share of probe_gbps.
+        logits_hash: SHA-256 (16 hex digits) of the float32 logits of a fixed prompt: equal hashes,
+            equal bytes.
     """
 
     model: str
@@ -86,13 +89,16 @@ def run(
     """
     length = prompt_tokens + output_tokens
     config = EngineConfig(
-        max_num_seqs=streams, max_batch_tokens=max(512, streams), kv_cache_tokens=streams * (length + 64)
+        max_num_seqs=streams,
+        max_batch_tokens=max(512, streams),
+        kv_cache_tokens=streams * (length + 64),
     )
     engine = load_engine(model, config, device=device, threads=threads, precision=precision)
     startup = _seconds_since_process_start()
     if length > engine.capacity.max_model_len:
         raise InvalidArgumentError(
-            f"{prompt_tokens} + {output_tokens} tokens exceed the context of {engine.capacity.max_model_len}"
+            f"{prompt_tokens} + {output_tokens} tokens exceed the context of "
+            f"{engine.capacity.max_model_len}"
         )
     try:
         bench = _Bench(engine, prompt_tokens, output_tokens, streams)
@@ -109,7 +115,9 @@ def run(
 
 
 class _Bench:
-    def __init__(self, engine: Engine, prompt_tokens: int, output_tokens: int, streams: int) -> None:
+    def __init__(
+        self, engine: Engine, prompt_tokens: int, output_tokens: int, streams: int
+    ) -> None:
         self.engine = engine
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
@@ -138,8 +146,10 @@ class _Bench:
         self.decode.append(rate)
 
     def _pass(self, prompt_tokens: int, output_tokens: int) -> tuple[float, float, float]:
-        """Runs every stream once; returns its start, when the last stream had its first token, and tokens per second
-        from then to the end (0 when nothing was left).
+        """Runs every stream once.
+
+        Returns its start, when the last stream had its first token, and the tokens per second from
+        then to the end (0 when nothing was left).
         """
         engine = self.engine
         vocab = engine.runner.config.vocab_size
@@ -164,8 +174,8 @@ class _Bench:
 
     def _step(self) -> None:
         for output in self.engine.step():
-            if output.finished is not None and output.finished.error is not None:
-                raise SagellmError(output.finished.error.message)
+            if output.finished is not None and output.finished.failure is not None:
+                raise SagellmError(output.finished.failure.message)
 
     def result(self, model: Path, startup: float, repeat: int, logits_hash: str) -> OfflineResult:
         """Medians of what was measured."""
@@ -206,7 +216,10 @@ class _Bench:
         context = self.prompt_tokens + self.output_tokens / 2
         per_token = 4 * config.num_kv_heads * config.head_dim  # K and V, bf16
         return float(
-            sum(per_token * (min(context, window) if window else context) for window in config.layer_windows)
+            sum(
+                per_token * (min(context, window) if window else context)
+                for window in config.layer_windows
+            )
         )
 
 

@@ -22,12 +22,15 @@ def chat(
     ] = "smollm2",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 512,
-    temperature: Annotated[float, typer.Option(help="Randomness; 0 is greedy.", min=0, max=2)] = 0.7,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0, max=2)] = 0.7,
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,
 ) -> None:
-    """Talk with a model. /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."""
+    """Talk with a model.
+
+    /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.
+    """
     console = Console(stderr=True, highlight=False)
     with pull_progress() as progress:
         path = resolve_model(model, auto_pull=True, progress=progress)

@@ -14,7 +14,7 @@ from sagellm.checkpoint.catalogue import CATALOGUE
 from sagellm.checkpoint.store import list_models, pull, remove, resolve_model
 from sagellm.cli.progress import pull_progress
 
-Name = Annotated[str, typer.Argument(help="Catalogue name, or organisation/repository on Hugging Face.")]
+Name = Annotated[str, typer.Argument(help="Catalogue name, or org/repository on Hugging Face.")]
 
 
 def pull_command(name: Name) -> None:
@@ -31,14 +31,21 @@ def list_command(
     models = list_models()
     present = {model.name for model in models}
     if as_json:
-        typer.echo(json.dumps([{"name": m.name, "bytes": m.nbytes, "source": m.source} for m in models]))
+        typer.echo(
+            json.dumps([{"name": m.name, "bytes": m.nbytes, "source": m.source} for m in models])
+        )
         return
     table = Table("model", "size", "license", "source")
     for model in models:
         table.add_row(model.name, _megabytes(model.nbytes), model.license, model.source)
     for entry in CATALOGUE.values():
         if entry.name not in present:
-            table.add_row(f"[dim]{entry.name}", "[dim]not here", f"[dim]{entry.license}", f"[dim]sagellm pull {entry.name}")
+            table.add_row(
+                f"[dim]{entry.name}",
+                "[dim]not here",
+                f"[dim]{entry.license}",
+                f"[dim]sagellm pull {entry.name}",
+            )
     Console().print(table)
 
 

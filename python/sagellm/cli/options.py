@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; all of this process by default.")
+    int | None, typer.Option("--threads", min=1, help="CPU threads; all by default.")
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, reference, torch or torch:DEVICE.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, reference, torch:DEVICE or ascend:N.")
+]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", help="a8 (int8 activations) or a15 (15 bits, closer to float32)."),
+    typer.Option("--precision", help="a8 (int8 activations) or a15 (15 bits)."),
 ]
 
 
@@ -35,7 +37,7 @@ def request_for(
     seed: int | None,
     stream: bool,
 ) -> Request:
-    """Builds a request: the chat turns and ``text`` as the user's, or the bare text when ``raw``."""
+    """Builds a request: chat turns with ``text`` as the user's, or bare text when ``raw``."""
     chat = not raw and llm.has_chat_template
     return new_request(
         prompt="" if chat else text,

@@ -18,7 +18,7 @@ from rich.progress import (
 
 @contextmanager
 def pull_progress() -> Iterator[Callable[[int, int], None]]:
-    """A callback for ``pull`` that draws a bar on standard error; nothing appears unless bytes arrive."""
+    """A callback for ``pull`` that draws a bar on standard error once bytes arrive."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("downloading"),

@@ -26,17 +26,17 @@ def run(
     model: Annotated[
         str, typer.Argument(help="Catalogue name, Hugging Face repository, .gguf file or folder.")
     ] = "smollm2",
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt; - reads it from stdin.")] = DEFAULT_PROMPT,
+    prompt: Annotated[
+        str, typer.Option("-p", "--prompt", help="- reads it from standard input.")
+    ] = DEFAULT_PROMPT,
     max_tokens: MaxTokens = 256,
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="Always the likeliest token; the same text every time.")
-    ] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(help="Randomness, above 0 up to 2.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="Makes random sampling repeatable.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, no stream.")] = False,
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,

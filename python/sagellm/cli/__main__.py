@@ -1,0 +1,5 @@
+"""``python -m sagellm.cli``: the ``sagellm`` command without its script."""
+
+from sagellm.cli import main
+
+main()

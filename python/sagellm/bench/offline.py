@@ -38,6 +38,7 @@ class OfflineResult:
         decode_tps: Output tokens per second over all streams, once every stream decodes.
         ttft_ms: Submission to the first token of the last stream.
         startup_s: Process start to a loaded engine.
+        peak_mem_mb: Largest resident memory of the process, without the bandwidth probe.
         bytes_per_token: Weight bytes of one step divided by the streams, plus the KV bytes of one
             stream at its mean context. None where the backend does not know.
         decode_gbps: bytes_per_token * decode_tps, in 10^9.
@@ -129,10 +130,12 @@ class _Bench:
         self.decode: list[float] = []
         self.ttft: list[float] = []
         self.probes: list[float] = []
+        self.peak_mem_mb = 0
 
     def warm_up(self) -> None:
-        """One short pass: pages are touched, code is in the caches."""
-        self._pass(min(self.prompt_tokens, 64), min(self.output_tokens, 8))
+        """One pass with a short output: pages are touched, code is in the caches."""
+        self._pass(self.prompt_tokens, min(self.output_tokens, 8))
+        self.peak_mem_mb = peak_memory_mb()  # before the probe takes memory of its own
 
     def measure(self) -> None:
         """One repeat."""
@@ -201,7 +204,7 @@ class _Bench:
             decode_spread=report.spread(self.decode),
             ttft_ms=report.median(self.ttft),
             startup_s=startup,
-            peak_mem_mb=peak_memory_mb(),
+            peak_mem_mb=self.peak_mem_mb,
             kv_mb=runner.memory["kv"] / 2**20,
             bytes_per_token=per_token,
             decode_gbps=rate,

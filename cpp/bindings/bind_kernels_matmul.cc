@@ -1,4 +1,5 @@
-// _core.kernels: matmul and activation quantization of any instruction set this machine runs, and what it runs.
+// _core.kernels: matmul and activation quantization of any instruction set this machine runs, and
+// what it runs.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -39,13 +40,16 @@ struct Encoded {
   std::vector<int32_t> sum16;
 
   kernels::Activations view() const {
-    return {f32.data(), bf16.data(), q.data(), q_lo.empty() ? nullptr : q_lo.data(), d.data(), s.data(), sum16.data()};
+    return {f32.data(), bf16.data(), q.data(),    q_lo.empty() ? nullptr : q_lo.data(),
+            d.data(),   s.data(),    sum16.data()};
   }
 };
 
-Encoded encode(const kernels::KernelTable& table, kernels::ActKind kind, const float* x, int32_t tokens, int64_t k,
-               bool a15) {
-  const auto size = [tokens](int64_t per_token) { return static_cast<size_t>(tokens) * static_cast<size_t>(per_token); };
+Encoded encode(const kernels::KernelTable& table, kernels::ActKind kind, const float* x,
+               int32_t tokens, int64_t k, bool a15) {
+  const auto size = [tokens](int64_t per_token) {
+    return static_cast<size_t>(tokens) * static_cast<size_t>(per_token);
+  };
   Encoded out;
   if (kind == kernels::ActKind::kF32) {
     out.f32.assign(x, x + size(k));
@@ -54,7 +58,8 @@ Encoded encode(const kernels::KernelTable& table, kernels::ActKind kind, const f
     out.bf16.resize(size(stride));
     for (int32_t t = 0; t < tokens; ++t) table.to_bf16(x + t * k, out.bf16.data() + t * stride, k);
   } else {
-    require<InvalidArgument>(k % kernels::kUnit == 0, "k is ", k, ", must be a multiple of ", kernels::kUnit);
+    require<InvalidArgument>(k % kernels::kUnit == 0, "k is ", k, ", must be a multiple of ",
+                             kernels::kUnit);
     out.q.resize(size(k));
     if (a15) out.q_lo.resize(size(k));
     out.d.resize(size(k / 32));
@@ -90,9 +95,10 @@ kernels::MatmulParams matmul_params(const quant::PackedMatrix& w, const Encoded&
   return p;
 }
 
-Floats run_matmul(const std::string& isa, const quant::PackedMatrix& w, const Floats& x, const std::string& precision,
-                  const std::vector<int32_t>& splits) {
-  require<InvalidArgument>(x.ndim() == 2 && x.shape(0) > 0 && x.shape(1) == w.k, "x must have shape [tokens, ", w.k, "]");
+Floats run_matmul(const std::string& isa, const quant::PackedMatrix& w, const Floats& x,
+                  const std::string& precision, const std::vector<int32_t>& splits) {
+  require<InvalidArgument>(x.ndim() == 2 && x.shape(0) > 0 && x.shape(1) == w.k,
+                           "x must have shape [tokens, ", w.k, "]");
   const auto& table = kernels::kernel_table(isa);
   const bool a15 = is_a15(precision);
   const auto tokens = static_cast<int32_t>(x.shape(0));
@@ -117,7 +123,8 @@ Floats run_matmul(const std::string& isa, const quant::PackedMatrix& w, const Fl
       p.row_block_end = bounds[i + 1];
       table.matmul(p);
     }
-    for (int64_t t = 0; t < tokens; ++t) std::copy_n(out.data() + t * p.out_stride, w.n, to + t * w.n);
+    for (int64_t t = 0; t < tokens; ++t)
+      std::copy_n(out.data() + t * p.out_stride, w.n, to + t * w.n);
   }
   return result;
 }
@@ -136,20 +143,21 @@ py::dict run_quantize(const std::string& isa, const Floats& x, const std::string
   const bool a15 = is_a15(precision);
   const auto& table = kernels::kernel_table(isa);
   const Encoded e = encode(table, kernels::ActKind::kI8, x.data(), tokens, x.shape(1), a15);
-  py::dict out("q"_a = to_array(e.q, tokens), "d"_a = to_array(e.d, tokens), "s"_a = to_array(e.s, tokens),
-               "sum16"_a = to_array(e.sum16, tokens));
+  py::dict out("q"_a = to_array(e.q, tokens), "d"_a = to_array(e.d, tokens),
+               "s"_a = to_array(e.s, tokens), "sum16"_a = to_array(e.sum16, tokens));
   if (a15) out["q_lo"] = to_array(e.q_lo, tokens);
   return out;
 }
 
-double benchmark_matmul(const std::string& isa, const quant::PackedMatrix& w, int32_t num_tokens, int repeat,
-                        const std::string& precision) {
+double benchmark_matmul(const std::string& isa, const quant::PackedMatrix& w, int32_t num_tokens,
+                        int repeat, const std::string& precision) {
   require<InvalidArgument>(num_tokens > 0 && repeat > 0, "num_tokens and repeat must be positive");
   const auto& table = kernels::kernel_table(isa);
   const bool a15 = is_a15(precision);
   const py::gil_scoped_release release;
   std::vector<float> x(static_cast<size_t>(num_tokens * w.k)), out;
-  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 2654435761u % 1000) / 500.f - 1.f;
+  for (size_t i = 0; i < x.size(); ++i)
+    x[i] = static_cast<float>(i * 2654435761u % 1000) / 500.f - 1.f;
   const kernels::ActKind kind = table.act_kind[static_cast<int>(w.format)];
   const Encoded encoded = encode(table, kind, x.data(), num_tokens, w.k, a15);
   const kernels::MatmulParams p = matmul_params(w, encoded, num_tokens, out);
@@ -162,8 +170,10 @@ double benchmark_matmul(const std::string& isa, const quant::PackedMatrix& w, in
 }  // namespace
 
 void register_kernels_matmul(py::module_& m) {
-  py::module_ k = m.def_submodule("kernels", "Kernels by instruction set, for tests and benchmarks.");
-  k.def("available_isas", &kernels::available_isas, "Instruction sets with kernels that run here, plainest first.");
+  py::module_ k =
+      m.def_submodule("kernels", "Kernels by instruction set, for tests and benchmarks.");
+  k.def("available_isas", &kernels::available_isas,
+        "Instruction sets with kernels that run here, plainest first.");
   k.def(
       "selected_isa", [] { return std::string(kernels::kernel_table().name); },
       "The instruction set in use: SAGELLM_CPU_ISA, or the best available.");
@@ -171,13 +181,17 @@ void register_kernels_matmul(py::module_& m) {
       "cpu_features", [] { return kernels::cpu_info().features(); },
       "Instruction-set extensions of this processor that some kernel is built for.");
   k.def(
-      "cpu_brand", [] { return kernels::cpu_info().brand; }, "The processor's name for itself, or ''.");
+      "cpu_brand", [] { return kernels::cpu_info().brand; },
+      "The processor's name for itself, or ''.");
   k.def("matmul", &run_matmul, "isa"_a, "packed"_a, "x"_a.noconvert(), "precision"_a = "a8",
         "splits"_a = std::vector<int32_t>{},
-        "x [tokens, k] times the packed matrix: float32 [tokens, n]. Quantized formats see x as `precision`. The row "
+        "x [tokens, k] times the packed matrix: float32 [tokens, n]. Quantized formats see x as "
+        "`precision`. The row "
         "blocks are computed in one call, or in ranges that end at `splits`.");
   k.def("quantize", &run_quantize, "isa"_a, "x"_a.noconvert(), "precision"_a = "a8",
-        "Activations as the kernels see them: q, d, s, sum16 and in \"a15\" q_lo, each [tokens, ...].");
-  k.def("benchmark_matmul", &benchmark_matmul, "isa"_a, "packed"_a, "num_tokens"_a, "repeat"_a, "precision"_a = "a8",
+        "Activations as the kernels see them: q, d, s, sum16 and in \"a15\" q_lo, each [tokens, "
+        "...].");
+  k.def("benchmark_matmul", &benchmark_matmul, "isa"_a, "packed"_a, "num_tokens"_a, "repeat"_a,
+        "precision"_a = "a8",
         "Mean seconds of one matmul by one thread, without quantization of the activations.");
 }

@@ -108,12 +108,12 @@ py::array_t<uint16_t> pages(py::object self, int slot) {
   auto& storage = self.cast<KvStorage&>();
   const auto view = storage.view(slot);
   constexpr py::ssize_t kBytes = sizeof(uint16_t);
-  return py::array_t<uint16_t>(
-      {static_cast<py::ssize_t>(storage.num_blocks() + 1),
-       static_cast<py::ssize_t>(storage.num_kv_heads()), static_cast<py::ssize_t>(view.head_stride)},
-      {static_cast<py::ssize_t>(view.block_stride) * kBytes,
-       static_cast<py::ssize_t>(view.head_stride) * kBytes, kBytes},
-      view.pool, self);
+  return py::array_t<uint16_t>({static_cast<py::ssize_t>(storage.num_blocks() + 1),
+                                static_cast<py::ssize_t>(storage.num_kv_heads()),
+                                static_cast<py::ssize_t>(view.head_stride)},
+                               {static_cast<py::ssize_t>(view.block_stride) * kBytes,
+                                static_cast<py::ssize_t>(view.head_stride) * kBytes, kBytes},
+                               view.pool, self);
 }
 
 void bind_storage(py::module_& m) {

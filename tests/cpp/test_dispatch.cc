@@ -1,12 +1,12 @@
-// Choice of the kernel table, and the matmul and quantize entries of every table that this machine runs.
-#include "sagellm/kernels/cpu/dispatch.h"
-
+// Choice of the kernel table, and the matmul and quantize entries of every table that this machine
+// runs.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdlib>
 
 #include "sagellm/base/error.h"
+#include "sagellm/kernels/cpu/dispatch.h"
 #include "simd_emulation/matmul_checks.h"
 
 namespace sagellm::kernels {
@@ -82,7 +82,9 @@ TEST(DispatchDeathTest, EnvironmentVariableWithAnUnknownNameIsAnErrorEveryTime) 
 
 TEST(CpuInfo, FeaturesCoverTheTablesThatRun) {
   const auto names = cpu_info().features();
-  const auto has = [&](const char* name) { return std::find(names.begin(), names.end(), name) != names.end(); };
+  const auto has = [&](const char* name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
   for (const std::string& isa : available_isas()) {
     if (isa == "avx2") {
       EXPECT_TRUE(has("avx2") && has("fma") && has("f16c"));
@@ -105,17 +107,20 @@ TEST_P(Tables, MatmulEqualsGenericAndIsBatchInvariant) {
 TEST_P(Tables, QuantizeEqualsGeneric) { testing::check_quantize(kernel_table(GetParam())); }
 
 TEST_P(Tables, ToBf16RoundsToNearestEvenAndKeepsNan) {
-  const uint32_t bits[] = {0x3f800000, 0x3f808000, 0x3f808001, 0x3f818000, 0xbf817fff, 0x7f7fffff, 0x7f800000,
-                           0x7f800001, 0xffffffff, 0x00000001, 0x00008001, 0x80000000, 0x7fc00000, 0x3f807fff,
-                           0x40490fdb, 0xc2f6e979, 0x3f818000, 0x7f800001, 0x3eaaaaab};
-  const uint16_t expected[] = {0x3f80, 0x3f80, 0x3f81, 0x3f82, 0xbf81, 0x7f80, 0x7f80, 0x7fc0, 0xffff, 0x0000,
-                               0x0001, 0x8000, 0x7fc0, 0x3f80, 0x4049, 0xc2f7, 0x3f82, 0x7fc0, 0x3eab};
+  const uint32_t bits[] = {0x3f800000, 0x3f808000, 0x3f808001, 0x3f818000, 0xbf817fff,
+                           0x7f7fffff, 0x7f800000, 0x7f800001, 0xffffffff, 0x00000001,
+                           0x00008001, 0x80000000, 0x7fc00000, 0x3f807fff, 0x40490fdb,
+                           0xc2f6e979, 0x3f818000, 0x7f800001, 0x3eaaaaab};
+  const uint16_t expected[] = {0x3f80, 0x3f80, 0x3f81, 0x3f82, 0xbf81, 0x7f80, 0x7f80,
+                               0x7fc0, 0xffff, 0x0000, 0x0001, 0x8000, 0x7fc0, 0x3f80,
+                               0x4049, 0xc2f7, 0x3f82, 0x7fc0, 0x3eab};
   float x[std::size(bits)];
   std::memcpy(x, bits, sizeof(x));
   for (size_t n = 0; n <= std::size(bits); ++n) {
     std::vector<uint16_t> out(std::size(bits), 0xabcd);
     kernel_table(GetParam()).to_bf16(x, out.data(), static_cast<int64_t>(n));
-    for (size_t i = 0; i < out.size(); ++i) EXPECT_EQ(out[i], i < n ? expected[i] : 0xabcd) << i << " of " << n;
+    for (size_t i = 0; i < out.size(); ++i)
+      EXPECT_EQ(out[i], i < n ? expected[i] : 0xabcd) << i << " of " << n;
   }
 }
 

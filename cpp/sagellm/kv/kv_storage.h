@@ -10,8 +10,8 @@ namespace sagellm::kv {
 
 /// Pages of `num_blocks` usable blocks and of block 0 (padding: readable, never owned). Slot i of a
 /// block belongs to the i-th layer of the block's group. Layout: [block][slot][kv head][sub-page],
-/// bf16, zero at the start, so that a position never written reads as a finite value. A block is one
-/// run of memory: few pages are touched while few blocks are in use, and it moves in one copy.
+/// bf16, zero at the start, so that a position never written reads as a finite value. A block is
+/// one run of memory: few pages are touched while few blocks are in use, and it moves in one copy.
 class KvStorage {
  public:
   /// Throws InvalidArgument naming the bad size; block_size must be a multiple of 16, head_dim even

@@ -1,6 +1,7 @@
-// AVX-512 by SIMDe on machines that have AVX2 only, plus the few intrinsics that SIMDe 0.7.4 lacks. Included by
-// kernels/cpu/avx512/simd.h when SAGELLM_SIMDE is defined. For tests: slow, but every lane computes what the real
-// instruction computes (bf16 dot products differ in the rounding of their intermediate sums).
+// AVX-512 by SIMDe on machines that have AVX2 only, plus the few intrinsics that SIMDe 0.7.4 lacks.
+// Included by kernels/cpu/avx512/simd.h when SAGELLM_SIMDE is defined. For tests: slow, but every
+// lane computes what the real instruction computes (bf16 dot products differ in the rounding of
+// their intermediate sums).
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -64,7 +65,8 @@ inline __m512i srai_epi32(__m512i v, unsigned count) {
 }
 inline int32_t reduce_add_epi32(__m512i v) {
   uint32_t sum = 0;
-  map16<__m512i, int32_t, int32_t>(v, [&sum](int32_t x) { return sum += static_cast<uint32_t>(x), x; });
+  map16<__m512i, int32_t, int32_t>(
+      v, [&sum](int32_t x) { return sum += static_cast<uint32_t>(x), x; });
   return static_cast<int32_t>(sum);
 }
 inline int32_t reduce_max_epi32(__m512i v) {

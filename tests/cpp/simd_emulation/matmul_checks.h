@@ -1,4 +1,5 @@
-// Checks of one KernelTable's matmul and quantize against the generic table, on random packed weights.
+// Checks of one KernelTable's matmul and quantize against the generic table, on random packed
+// weights.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -19,7 +20,8 @@
 namespace sagellm::kernels::testing {
 
 inline const char* format_name(PackedFormat format) {
-  constexpr const char* kNames[] = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
+  constexpr const char* kNames[] = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0",
+                                    "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
   return kNames[static_cast<int>(format)];
 }
 
@@ -28,7 +30,8 @@ template <typename T>
 class Aligned {
  public:
   explicit Aligned(size_t size)
-      : bytes_(size * sizeof(T)), data_(static_cast<T*>(::operator new(bytes_, std::align_val_t{64}))) {
+      : bytes_(size * sizeof(T)),
+        data_(static_cast<T*>(::operator new (bytes_, std::align_val_t{64}))) {
     std::memset(data_.get(), 0xff, bytes_);
   }
   T* data() { return data_.get(); }
@@ -38,7 +41,7 @@ class Aligned {
 
  private:
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+    void operator()(T* p) const { ::operator delete (p, std::align_val_t{64}); }
   };
   size_t bytes_;
   std::unique_ptr<T, Free> data_;
@@ -51,7 +54,8 @@ inline uint16_t random_half(std::mt19937& rng) {
 }
 
 /// Random bytes are valid codes of every format; only floats need care.
-inline Aligned<uint8_t> random_weights(PackedFormat format, int64_t k, int64_t row_blocks, std::mt19937& rng) {
+inline Aligned<uint8_t> random_weights(PackedFormat format, int64_t k, int64_t row_blocks,
+                                       std::mt19937& rng) {
   Aligned<uint8_t> w(packed_row_block_bytes(format, k) * static_cast<size_t>(row_blocks));
   const auto halves = [&](size_t at, int count) {
     for (int i = 0; i < count; ++i) {
@@ -121,12 +125,9 @@ class TestActivations {
 
   Activations view(int64_t token) const {
     const int64_t blocks = token * (k_ / 32);
-    return {f32_.data() + token * k_,
-            bf16_.data() + token * (k_ + k_ % 2),
-            q_.data() + token * k_,
-            a15_ ? q_lo_.data() + token * k_ : nullptr,
-            d_.data() + blocks,
-            s_.data() + blocks,
+    return {f32_.data() + token * k_,  bf16_.data() + token * (k_ + k_ % 2),
+            q_.data() + token * k_,    a15_ ? q_lo_.data() + token * k_ : nullptr,
+            d_.data() + blocks,        s_.data() + blocks,
             sum16_.data() + 2 * blocks};
   }
 
@@ -139,12 +140,15 @@ class TestActivations {
     EXPECT_EQ(std::memcmp(a.sum16_.data(), b.sum16_.data(), a.sum16_.bytes()), 0) << "sum16";
     for (size_t i = 0; i < a.s_.bytes() / sizeof(float); ++i) {
       const float x = a.s_.data()[i], y = b.s_.data()[i];
-      EXPECT_TRUE(x == y || (std::isnan(x) && std::isnan(y))) << "s[" << i << "]: " << x << " " << y;
+      EXPECT_TRUE(x == y || (std::isnan(x) && std::isnan(y)))
+          << "s[" << i << "]: " << x << " " << y;
     }
   }
 
  private:
-  size_t size(int64_t per_token) const { return static_cast<size_t>(tokens_) * static_cast<size_t>(per_token); }
+  size_t size(int64_t per_token) const {
+    return static_cast<size_t>(tokens_) * static_cast<size_t>(per_token);
+  }
 
   int tokens_;
   int64_t k_;
@@ -156,8 +160,8 @@ class TestActivations {
   Aligned<int32_t> sum16_;
 };
 
-inline MatmulParams params(PackedFormat format, const Aligned<uint8_t>& w, int64_t k, int row_blocks, int tokens,
-                           const Activations& x, float* out) {
+inline MatmulParams params(PackedFormat format, const Aligned<uint8_t>& w, int64_t k,
+                           int row_blocks, int tokens, const Activations& x, float* out) {
   MatmulParams p;
   p.format = format;
   p.weights = w.data();
@@ -171,7 +175,8 @@ inline MatmulParams params(PackedFormat format, const Aligned<uint8_t>& w, int64
 }
 
 /// float64 product of bf16 weights and bf16 activations, and the sum of the magnitudes.
-inline void exact_bf16(const MatmulParams& p, int64_t token, int64_t row, double& sum, double& magnitude) {
+inline void exact_bf16(const MatmulParams& p, int64_t token, int64_t row, double& sum,
+                       double& magnitude) {
   const auto* w = static_cast<const uint16_t*>(p.weights) + row / 16 * ((p.k + 1) / 2) * 32;
   const auto widen = [](uint16_t bits) {
     const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -181,13 +186,15 @@ inline void exact_bf16(const MatmulParams& p, int64_t token, int64_t row, double
   };
   sum = magnitude = 0;
   for (int64_t k = 0; k < p.k; ++k) {
-    const double product = widen(w[k / 2 * 32 + row % 16 * 2 + k % 2]) * widen(p.x.bf16[token * (p.k + p.k % 2) + k]);
+    const double product =
+        widen(w[k / 2 * 32 + row % 16 * 2 + k % 2]) * widen(p.x.bf16[token * (p.k + p.k % 2) + k]);
     sum += product;
     magnitude += std::fabs(product);
   }
 }
 
-/// All formats at several widths: equal to generic, and independent of the batch and of the split into row blocks.
+/// All formats at several widths: equal to generic, and independent of the batch and of the split
+/// into row blocks.
 inline void check_matmul(const KernelTable& table, const std::vector<int>& token_counts) {
   KernelTable generic{};
   fill_matmul_generic(generic);
@@ -205,8 +212,9 @@ inline void check_matmul(const KernelTable& table, const std::vector<int>& token
       const Aligned<uint8_t> w = random_weights(format, k, kRowBlocks, rng);
       for (const int tokens : token_counts) {
         for (int a15 = 0; a15 < (quantized ? 2 : 1); ++a15) {
-          SCOPED_TRACE(std::string(table.name) + " " + format_name(format) + " k=" + std::to_string(k) +
-                       " tokens=" + std::to_string(tokens) + (a15 ? " A15" : ""));
+          SCOPED_TRACE(std::string(table.name) + " " + format_name(format) +
+                       " k=" + std::to_string(k) + " tokens=" + std::to_string(tokens) +
+                       (a15 ? " A15" : ""));
           TestActivations x(tokens, k, rng);
           if (quantized) x.quantize(generic, a15 != 0);
           const size_t size = static_cast<size_t>(tokens) * kRowBlocks * kRowBlock;
@@ -218,25 +226,28 @@ inline void check_matmul(const KernelTable& table, const std::vector<int>& token
               for (int n = 0; n < kRowBlocks * kRowBlock; ++n) {
                 double sum, magnitude;
                 exact_bf16(p, t, n, sum, magnitude);
-                ASSERT_NEAR(out[static_cast<size_t>(t * p.out_stride + n)], sum, 1e-5 * magnitude + 1e-30);
+                ASSERT_NEAR(out[static_cast<size_t>(t * p.out_stride + n)], sum,
+                            1e-5 * magnitude + 1e-30);
               }
             }
           } else {
             MatmulParams reference = p;
             reference.out = expected.data();
             generic.matmul(reference);
-            ASSERT_EQ(std::memcmp(out.data(), expected.data(), out.bytes()), 0) << "differs from generic";
+            ASSERT_EQ(std::memcmp(out.data(), expected.data(), out.bytes()), 0)
+                << "differs from generic";
           }
           for (int t = 0; t < tokens; ++t) {
             for (int rb = 0; rb < kRowBlocks; rb += 2) {
-              MatmulParams one = params(format, w, k, rb + 2 < kRowBlocks ? rb + 2 : kRowBlocks, 1, x.view(t),
-                                        split.data() + t * p.out_stride);
+              MatmulParams one = params(format, w, k, rb + 2 < kRowBlocks ? rb + 2 : kRowBlocks, 1,
+                                        x.view(t), split.data() + t * p.out_stride);
               one.row_block_begin = rb;
               one.out_stride = p.out_stride;
               table.matmul(one);
             }
           }
-          ASSERT_EQ(std::memcmp(out.data(), split.data(), out.bytes()), 0) << "depends on the batch or on the split";
+          ASSERT_EQ(std::memcmp(out.data(), split.data(), out.bytes()), 0)
+              << "depends on the batch or on the split";
         }
       }
     }
@@ -250,7 +261,8 @@ inline void check_quantize(const KernelTable& table) {
   std::mt19937 rng(11);
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-  const float special[] = {0.f, -0.f, 1e-45f, 1e-39f, 1.5e-36f, 3.4e38f, -3.4e38f, kInf, -kInf, kNan, 63.5f / 127, 127.f};
+  const float special[] = {0.f,      -0.f, 1e-45f, 1e-39f, 1.5e-36f,    3.4e38f,
+                           -3.4e38f, kInf, -kInf,  kNan,   63.5f / 127, 127.f};
   for (const bool a15 : {false, true}) {
     SCOPED_TRACE(std::string(table.name) + (a15 ? " A15" : " A8"));
     constexpr int kTokens = 64;
@@ -261,7 +273,8 @@ inline void check_quantize(const KernelTable& table) {
       const size_t block = i / 32;
       float value = x.f32()[i];
       if (block % 3 == 1 && rng() % 20 == 0) value = special[rng() % std::size(special)];
-      if (block % 3 == 2) value = special[block / 3 % std::size(special)] * (rng() % 2 == 0 ? 1.f : 0.25f);
+      if (block % 3 == 2)
+        value = special[block / 3 % std::size(special)] * (rng() % 2 == 0 ? 1.f : 0.25f);
       x.f32()[i] = y.f32()[i] = value;
     }
     x.quantize(table, a15);

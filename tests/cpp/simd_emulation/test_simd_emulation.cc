@@ -1,4 +1,5 @@
-// The AVX-512 matmul and quantize kernels, compiled from the same source over SIMDe, on a machine without AVX-512.
+// The AVX-512 matmul and quantize kernels, compiled from the same source over SIMDe, on a machine
+// without AVX-512.
 #include <gtest/gtest.h>
 
 #include "matmul_checks.h"

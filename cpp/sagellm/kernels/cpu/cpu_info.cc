@@ -80,9 +80,15 @@ std::vector<std::string> CpuInfo::features() const {
   const struct {
     const char* name;
     bool present;
-  } flags[] = {{"avx2", avx2},         {"fma", fma},           {"f16c", f16c},
-               {"avx512f", avx512f},   {"avx512bw", avx512bw}, {"avx512dq", avx512dq},
-               {"avx512vl", avx512vl}, {"avx512vnni", avx512vnni}, {"avx512bf16", avx512bf16}};
+  } flags[] = {{"avx2", avx2},
+               {"fma", fma},
+               {"f16c", f16c},
+               {"avx512f", avx512f},
+               {"avx512bw", avx512bw},
+               {"avx512dq", avx512dq},
+               {"avx512vl", avx512vl},
+               {"avx512vnni", avx512vnni},
+               {"avx512bf16", avx512bf16}};
   std::vector<std::string> names;
   for (const auto& flag : flags) {
     if (flag.present) names.emplace_back(flag.name);

@@ -6,8 +6,8 @@
 
 namespace sagellm::kernels {
 
-/// Instruction-set extensions that the kernels are compiled with. A flag is true when the processor has the
-/// instructions and the operating system saves the registers they use.
+/// Instruction-set extensions that the kernels are compiled with. A flag is true when the processor
+/// has the instructions and the operating system saves the registers they use.
 struct CpuInfo {
   std::string brand;  // "AMD EPYC 9R14", empty where the processor does not say
   bool avx2 = false;

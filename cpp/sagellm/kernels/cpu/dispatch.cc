@@ -20,12 +20,15 @@ struct Isa {
 
 [[maybe_unused]] bool has_avx2(const CpuInfo& cpu) { return cpu.avx2 && cpu.fma && cpu.f16c; }
 [[maybe_unused]] bool has_avx512(const CpuInfo& cpu) {
-  return has_avx2(cpu) && cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx512vnni;
+  return has_avx2(cpu) && cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl &&
+         cpu.avx512vnni;
 }
-[[maybe_unused]] bool has_avx512_bf16(const CpuInfo& cpu) { return has_avx512(cpu) && cpu.avx512bf16; }
+[[maybe_unused]] bool has_avx512_bf16(const CpuInfo& cpu) {
+  return has_avx512(cpu) && cpu.avx512bf16;
+}
 
-// SAGELLM_KERNELS_<ISA> comes from the build: the folders that its compiler can translate. The conditions above are
-// exactly the flags in cmake/isa_kernels.cmake.
+// SAGELLM_KERNELS_<ISA> comes from the build: the folders that its compiler can translate. The
+// conditions above are exactly the flags in cmake/isa_kernels.cmake.
 constexpr Isa kIsas[] = {
     {"generic", [](const CpuInfo&) { return true; }, fill_matmul_generic, fill_ops_generic},
 #if defined(SAGELLM_KERNELS_AVX2)

@@ -10,13 +10,13 @@
 
 namespace sagellm::kernels {
 
-/// Names of the tables that this build contains and this machine runs, plainest first: "generic", "avx2", "avx512",
-/// "avx512_bf16".
+/// Names of the tables that this build contains and this machine runs, plainest first: "generic",
+/// "avx2", "avx512", "avx512_bf16".
 std::vector<std::string> available_isas();
 
-/// The table named by the environment variable SAGELLM_CPU_ISA, or the best available one when it is unset or empty.
-/// The choice is made at the first call. Throws Unsupported (at every call) when the variable names a table that this
-/// machine does not run.
+/// The table named by the environment variable SAGELLM_CPU_ISA, or the best available one when it
+/// is unset or empty. The choice is made at the first call. Throws Unsupported (at every call) when
+/// the variable names a table that this machine does not run.
 const KernelTable& kernel_table();
 
 /// The table `isa`; throws Unsupported with the available names when this machine does not run it.

@@ -1,5 +1,5 @@
-// The entry points of the instruction-set folders. Each function sets the KernelTable entries that its folder
-// improves and leaves the others; dispatch.cc calls them from the plainest set upwards.
+// The entry points of the instruction-set folders. Each function sets the KernelTable entries that
+// its folder improves and leaves the others; dispatch.cc calls them from the plainest set upwards.
 #pragma once
 
 #include "sagellm/kernels/params.h"

@@ -1,4 +1,5 @@
-// f32, f16 and bf16 weights x f32 activations with AVX2: one fused multiply-add chain per output, ascending k.
+// f32, f16 and bf16 weights x f32 activations with AVX2: one fused multiply-add chain per output,
+// ascending k.
 #pragma once
 
 #include <immintrin.h>
@@ -29,12 +30,14 @@ SAGELLM_INLINE __m256 load_weights(const uint8_t* line, int half, int i) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + half));
   } else {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + half);
-    const __m256i odd = _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
+    const __m256i odd =
+        _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
     return _mm256_castsi256_ps(i == 0 ? _mm256_slli_epi32(pairs, 16) : odd);
   }
 }
 
-/// Adds the first kColumns columns of a step to kBlocks x kTokens accumulators; x is token 0 at the step.
+/// Adds the first kColumns columns of a step to kBlocks x kTokens accumulators; x is token 0 at the
+/// step.
 template <PackedFormat kFormat, int kColumns, int kBlocks, int kTokens>
 SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x, int64_t x_stride,
                              __m256 (&acc)[kBlocks][kTokens][2]) {
@@ -56,7 +59,8 @@ SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x
 
 /// kBlocks row blocks x kTokens tokens.
 template <PackedFormat kFormat, int kBlocks, int kTokens>
-void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token, float* out) {
+void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token,
+                float* out) {
   constexpr int step = kStep<kFormat>;
   __m256 acc[kBlocks][kTokens][2];
 #pragma GCC unroll 8
@@ -70,7 +74,8 @@ void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t
     add_step<kFormat, step>(w + i * kStepBytes<kFormat>, stride, x + i * step, p.k, acc);
   }
   if constexpr (step == 2) {
-    if (p.k % 2 != 0) add_step<kFormat, 1>(w + steps * kStepBytes<kFormat>, stride, x + steps * 2, p.k, acc);
+    if (p.k % 2 != 0)
+      add_step<kFormat, 1>(w + steps * kStepBytes<kFormat>, stride, x + steps * 2, p.k, acc);
   }
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b) {
@@ -92,7 +97,8 @@ SAGELLM_INLINE void row_blocks_float(const MatmulParams& p, int64_t stride, int6
   float* out = p.out + token * p.out_stride;
   int64_t rb = p.row_block_begin;
   for (; rb + kBlocks <= p.row_block_end; rb += kBlocks) {
-    tile_float<kFormat, kBlocks, kTokens>(p, weights + rb * stride, stride, token, out + rb * kRowBlock);
+    tile_float<kFormat, kBlocks, kTokens>(p, weights + rb * stride, stride, token,
+                                          out + rb * kRowBlock);
   }
   for (; rb < p.row_block_end; ++rb) {
     tile_float<kFormat, 1, kTokens>(p, weights + rb * stride, stride, token, out + rb * kRowBlock);
@@ -118,12 +124,18 @@ void matmul_float(const MatmulParams& p) {
     }
   }
   switch (p.num_tokens - full) {
-    case 1: return row_blocks_float<kFormat, 4, 1>(p, stride, full);
-    case 2: return row_blocks_float<kFormat, 2, 2>(p, stride, full);
-    case 3: return row_blocks_float<kFormat, 2, 3>(p, stride, full);
-    case 4: return row_blocks_float<kFormat, 1, 4>(p, stride, full);
-    case 5: return row_blocks_float<kFormat, 1, 5>(p, stride, full);
-    default: return;
+    case 1:
+      return row_blocks_float<kFormat, 4, 1>(p, stride, full);
+    case 2:
+      return row_blocks_float<kFormat, 2, 2>(p, stride, full);
+    case 3:
+      return row_blocks_float<kFormat, 2, 3>(p, stride, full);
+    case 4:
+      return row_blocks_float<kFormat, 1, 4>(p, stride, full);
+    case 5:
+      return row_blocks_float<kFormat, 1, 5>(p, stride, full);
+    default:
+      return;
   }
 }
 

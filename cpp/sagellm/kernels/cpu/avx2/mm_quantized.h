@@ -1,9 +1,11 @@
 // Quantized weights x int8 activations with AVX2.
 //
-// A ymm holds 8 of the 16 rows of a row block x 4 k. A unit (16 rows x 32 k) is unpacked once for up to kGroup
-// tokens, then multiplied in one of two ways; both give the exact integer dot product of a unit:
-//   bytes: vpmaddubsw of codes and broadcast activations, summed in int16 for as long as that cannot overflow;
-//   words: vpmaddwd of 16-bit codes (zero point removed) and 16-bit activations. One pass whatever the activation
+// A ymm holds 8 of the 16 rows of a row block x 4 k. A unit (16 rows x 32 k) is unpacked once for
+// up to kGroup tokens, then multiplied in one of two ways; both give the exact integer dot product
+// of a unit:
+//   bytes: vpmaddubsw of codes and broadcast activations, summed in int16 for as long as that
+//   cannot overflow; words: vpmaddwd of 16-bit codes (zero point removed) and 16-bit activations.
+//   One pass whatever the activation
 //          has 8 or 15 bits, and no overflow for 8-bit codes.
 // After that every path does the same float operations in the same order (params.h).
 #pragma once
@@ -22,7 +24,9 @@ namespace {
 
 constexpr int kGroup = 32;  // tokens that share one unpacking of the weights
 
-SAGELLM_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+SAGELLM_INLINE __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
 
 SAGELLM_INLINE __m256 load_halves(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -40,11 +44,12 @@ SAGELLM_INLINE __m256i broadcast64(const void* p) {
   return _mm256_set1_epi64x(value);
 }
 
-/// Keeps a running sum in its register: without it GCC turns the chains of integer additions into trees, whose many
-/// live products do not fit 16 registers.
+/// Keeps a running sum in its register: without it GCC turns the chains of integer additions into
+/// trees, whose many live products do not fit 16 registers.
 SAGELLM_INLINE void pin(__m256i& sum) { __asm__("" : "+x"(sum)); }
 
-// ---------------------------------------------------------------------------------------------- unpacking
+// ----------------------------------------------------------------------------------------------
+// unpacking
 
 /// 0x10 in every byte whose bit is set in the 32 bits at `p`.
 SAGELLM_INLINE __m256i expand_bits(const uint8_t* p) {
@@ -129,11 +134,13 @@ SAGELLM_INLINE __m256i twice16(__m256i v) {
   return _mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_and_si256(v, _mm256_set1_epi32(0xffff)));
 }
 
-// ------------------------------------------------------------------------------------- the float operations
+// ------------------------------------------------------------------------------------- the float
+// operations
 
 /// One output lane per row; the same two fused operations per unit for every tile shape.
 template <PackedFormat kFormat>
-SAGELLM_INLINE __m256 accumulate(__m256 acc, __m256i dot, __m256 d, __m256 m, __m256 d_x, __m256 s_x) {
+SAGELLM_INLINE __m256 accumulate(__m256 acc, __m256i dot, __m256 d, __m256 m, __m256 d_x,
+                                 __m256 s_x) {
   acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(d, d_x), acc);
   if constexpr (quant_layout(kFormat).has_min) acc = _mm256_fmadd_ps(m, s_x, acc);
   return acc;
@@ -150,7 +157,8 @@ struct TileInput {
   int64_t units;  // from one token to the next in d, s (and sum16 / 2)
 };
 
-// ------------------------------------------------------------------------------------------------ byte path
+// ------------------------------------------------------------------------------------------------
+// byte path
 
 /// A unit as unsigned bytes: code[g] holds k = 4g.. of 8 rows.
 struct ByteUnit {
@@ -180,15 +188,20 @@ SAGELLM_INLINE void unpack(const uint8_t* row_block, int64_t index, ByteUnit& ou
 /// Groups of 4 k whose products may be summed in int16: groups * 2 * max code * 127 < 32768.
 constexpr int int16_groups(PackedFormat format) {
   switch (quant_layout(format).bits) {
-    case CodeBits::k4: return 8;
-    case CodeBits::k5: return 4;
-    default: return 2;
+    case CodeBits::k4:
+      return 8;
+    case CodeBits::k5:
+      return 4;
+    default:
+      return 2;
   }
 }
 
-/// Dot products of a unit with one plane of kTokens tokens, without zero point (Q6_K: with sub-scales).
+/// Dot products of a unit with one plane of kTokens tokens, without zero point (Q6_K: with
+/// sub-scales).
 template <PackedFormat kFormat, int kTokens>
-SAGELLM_INLINE void dot_bytes(const ByteUnit& w, const int8_t* q, int64_t k, __m256i (&sum)[kTokens][2]) {
+SAGELLM_INLINE void dot_bytes(const ByteUnit& w, const int8_t* q, int64_t k,
+                              __m256i (&sum)[kTokens][2]) {
   constexpr int kStep = int16_groups(kFormat);
 #pragma GCC unroll 4
   for (int g0 = 0; g0 < 8; g0 += kStep) {
@@ -220,7 +233,8 @@ SAGELLM_INLINE void dot_bytes(const ByteUnit& w, const int8_t* q, int64_t k, __m
   }
 }
 
-/// The part of the dot product that the zero point adds; `sums` are the sums of X over each half of k.
+/// The part of the dot product that the zero point adds; `sums` are the sums of X over each half of
+/// k.
 template <PackedFormat kFormat>
 SAGELLM_INLINE __m256i zero_point_part(const ByteUnit& w, const int32_t* sums, int half) {
   constexpr int kZeroPoint = quant_layout(kFormat).zero_point;
@@ -255,10 +269,11 @@ SAGELLM_INLINE void tile_bytes(const ByteUnit& w, const TileInput& x, __m256 (*a
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       if constexpr (quant_layout(kFormat).zero_point != 0) {
-        sum[t][half] =
-            _mm256_sub_epi32(sum[t][half], zero_point_part<kFormat>(w, x.sum16 + 2 * t * x.units, half));
+        sum[t][half] = _mm256_sub_epi32(
+            sum[t][half], zero_point_part<kFormat>(w, x.sum16 + 2 * t * x.units, half));
       }
-      acc[t][half] = accumulate<kFormat>(acc[t][half], sum[t][half], w.d[half], w.m[half], d_x, s_x);
+      acc[t][half] =
+          accumulate<kFormat>(acc[t][half], sum[t][half], w.d[half], w.m[half], d_x, s_x);
     }
   }
 }
@@ -276,7 +291,8 @@ struct BytePath {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ word path
+// ------------------------------------------------------------------------------------------------
+// word path
 
 /// A unit as int16 weights: code[2g] holds k = 4g, 4g+2 of 8 rows, code[2g+1] holds k = 4g+1, 4g+3.
 struct WordUnit {
@@ -301,7 +317,8 @@ SAGELLM_INLINE void split_words(__m256i codes, __m256i scale, __m256i& even, __m
 }
 
 template <PackedFormat kFormat, int j>
-SAGELLM_INLINE void unpack_words(const UnitPointer& p, int half, const __m256i (&scale)[2], __m256i (&code)[16]) {
+SAGELLM_INLINE void unpack_words(const UnitPointer& p, int half, const __m256i (&scale)[2],
+                                 __m256i (&code)[16]) {
   __m256i low;
   __m256i high;
   load_codes<kFormat, j>(p.codes, half, low, high);
@@ -350,7 +367,9 @@ SAGELLM_INLINE void tile_words(const WordUnit& w, const TileInput& x, __m256 (*a
   for (int t = 0; t < kTokens; ++t) {
     widen<kA15>(x.q + t * x.k, kA15 ? x.q_lo + t * x.k : nullptr, words[t]);
   }
-  __asm__("" : "+m"(words));  // broadcasts shall come from memory, not out of the registers just stored
+  __asm__(
+      ""
+      : "+m"(words));  // broadcasts shall come from memory, not out of the registers just stored
   __m256i sum[kTokens][2];
 #pragma GCC unroll 16
   for (int e = 0; e < 16; ++e) {
@@ -386,10 +405,12 @@ struct WordPath {
   }
 };
 
-// ------------------------------------------------------------------------------------------------- drivers
+// -------------------------------------------------------------------------------------------------
+// drivers
 
 template <typename Path>
-SAGELLM_INLINE void tail_tile(int64_t tokens, const typename Path::Unit& w, const TileInput& x, __m256 (*acc)[2]) {
+SAGELLM_INLINE void tail_tile(int64_t tokens, const typename Path::Unit& w, const TileInput& x,
+                              __m256 (*acc)[2]) {
   if (tokens == 1) return Path::template tile<1>(w, x, acc);
   if constexpr (Path::kTile > 2) {
     if (tokens == 2) return Path::template tile<2>(w, x, acc);
@@ -401,8 +422,13 @@ SAGELLM_INLINE TileInput tile_input(const MatmulParams& p, int64_t token, int64_
   const int64_t units = p.k / kUnit;
   const int64_t block = token * units + unit;
   const int64_t q = block * kUnit;
-  return {p.x.q + q, p.x.q_lo != nullptr ? p.x.q_lo + q : nullptr, p.x.d + block, p.x.s + block,
-          p.x.sum16 + 2 * block, p.k, units};
+  return {p.x.q + q,
+          p.x.q_lo != nullptr ? p.x.q_lo + q : nullptr,
+          p.x.d + block,
+          p.x.s + block,
+          p.x.sum16 + 2 * block,
+          p.k,
+          units};
 }
 
 /// One row block x one token: everything stays in registers.
@@ -421,7 +447,8 @@ void row_block_one(const MatmulParams& p, const uint8_t* row_block, float* out) 
 
 /// One row block x `count` <= kGroup tokens from `token`.
 template <PackedFormat kFormat, typename Path>
-void row_block_group(const MatmulParams& p, const uint8_t* row_block, int64_t token, int64_t count, float* out) {
+void row_block_group(const MatmulParams& p, const uint8_t* row_block, int64_t token, int64_t count,
+                     float* out) {
   __m256 acc[kGroup][2];
   for (int64_t t = 0; t < count; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
   typename Path::Unit w;

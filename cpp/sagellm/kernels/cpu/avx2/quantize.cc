@@ -1,4 +1,5 @@
-// Activation quantization with AVX2; see QuantizeParams and generic/quantize.cc, which it equals bit for bit.
+// Activation quantization with AVX2; see QuantizeParams and generic/quantize.cc, which it equals
+// bit for bit.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -10,7 +11,8 @@
 namespace sagellm::kernels {
 namespace {
 
-/// Largest |x| of a block by integer comparison, so that NaN beats infinity and infinity beats the rest.
+/// Largest |x| of a block by integer comparison, so that NaN beats infinity and infinity beats the
+/// rest.
 float absmax(const __m256i (&bits)[4]) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
   __m256i best = _mm256_and_si256(bits[0], mask);
@@ -40,7 +42,8 @@ void store_bytes(int8_t* out, const __m256i (&v)[4]) {
 template <bool kA15>
 void quantize_block(const float* x, int8_t* q, int8_t* q_lo, float& d, float& s, int32_t* sum16) {
   __m256i bits[4];
-  for (int i = 0; i < 4; ++i) bits[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * i));
+  for (int i = 0; i < 4; ++i)
+    bits[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * i));
   d = absmax(bits) / (kA15 ? kA15Limit : kA8Limit);
   if (d < kMinScale) d = 0.f;
   const bool usable = d >= kMinScale && d <= 3.4e38f;
@@ -74,12 +77,15 @@ void quantize_rows(const QuantizeParams& p) {
     for (int64_t u = 0; u < units; ++u) {
       const int64_t block = t * units + u;
       quantize_block<kA15>(p.x + t * p.x_stride + u * kUnit, p.q + block * kUnit,
-                           kA15 ? p.q_lo + block * kUnit : nullptr, p.d[block], p.s[block], p.sum16 + 2 * block);
+                           kA15 ? p.q_lo + block * kUnit : nullptr, p.d[block], p.s[block],
+                           p.sum16 + 2 * block);
     }
   }
 }
 
-void quantize(const QuantizeParams& p) { return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p); }
+void quantize(const QuantizeParams& p) {
+  return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p);
+}
 
 /// 8 floats as bfloat16 in the low half of each lane: nearest even, NaN stays NaN.
 __m256i round_bf16(const float* x) {

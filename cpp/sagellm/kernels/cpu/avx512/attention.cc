@@ -1,11 +1,12 @@
 // AVX-512 attention: bfloat16 K and V widened to fp32.
 #include "attention.h"
+
 #include "sagellm/kernels/params.h"
 
 // clang-format off: each of these builds on the ones before
-#include "vmath.h"
-#include "../simd_math.h"
 #include "../simd_attention.h"
+#include "../simd_math.h"
+#include "vmath.h"
 // clang-format on
 
 namespace sagellm::kernels {

@@ -4,9 +4,9 @@
 #include "sagellm/kernels/params.h"
 
 // clang-format off: each of these builds on the ones before
-#include "vmath.h"
-#include "../simd_math.h"
 #include "../simd_elementwise.h"
+#include "../simd_math.h"
+#include "vmath.h"
 // clang-format on
 
 namespace sagellm::kernels {

@@ -11,17 +11,28 @@ using F = PackedFormat;
 
 void matmul_avx512(const MatmulParams& p) {
   switch (p.format) {
-    case F::kF32: return matmul_float<F::kF32>(p);
-    case F::kF16: return matmul_float<F::kF16>(p);
-    case F::kBF16: return matmul_float<F::kBF16>(p);
-    case F::kQ4_0: return matmul_quantized<F::kQ4_0>(p);
-    case F::kQ4_1: return matmul_quantized<F::kQ4_1>(p);
-    case F::kQ5_0: return matmul_quantized<F::kQ5_0>(p);
-    case F::kQ5_1: return matmul_quantized<F::kQ5_1>(p);
-    case F::kQ8_0: return matmul_quantized<F::kQ8_0>(p);
-    case F::kQ4_K: return matmul_quantized<F::kQ4_K>(p);
-    case F::kQ5_K: return matmul_quantized<F::kQ5_K>(p);
-    case F::kQ6_K: return matmul_quantized<F::kQ6_K>(p);
+    case F::kF32:
+      return matmul_float<F::kF32>(p);
+    case F::kF16:
+      return matmul_float<F::kF16>(p);
+    case F::kBF16:
+      return matmul_float<F::kBF16>(p);
+    case F::kQ4_0:
+      return matmul_quantized<F::kQ4_0>(p);
+    case F::kQ4_1:
+      return matmul_quantized<F::kQ4_1>(p);
+    case F::kQ5_0:
+      return matmul_quantized<F::kQ5_0>(p);
+    case F::kQ5_1:
+      return matmul_quantized<F::kQ5_1>(p);
+    case F::kQ8_0:
+      return matmul_quantized<F::kQ8_0>(p);
+    case F::kQ4_K:
+      return matmul_quantized<F::kQ4_K>(p);
+    case F::kQ5_K:
+      return matmul_quantized<F::kQ5_K>(p);
+    case F::kQ6_K:
+      return matmul_quantized<F::kQ6_K>(p);
   }
 }
 

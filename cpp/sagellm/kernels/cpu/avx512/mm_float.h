@@ -1,11 +1,11 @@
-// f32, f16 and bf16 weights x f32 activations with AVX-512: one fused multiply-add chain per output, ascending k.
+// f32, f16 and bf16 weights x f32 activations with AVX-512: one fused multiply-add chain per
+// output, ascending k.
 #pragma once
-
-#include "sagellm/kernels/cpu/avx512/simd.h"
 
 #include <cstddef>
 #include <cstdint>
 
+#include "sagellm/kernels/cpu/avx512/simd.h"
 #include "sagellm/kernels/params.h"
 
 namespace sagellm::kernels {
@@ -28,11 +28,13 @@ SAGELLM_INLINE void load_weights(const uint8_t* line, __m512 (&w)[kStep<kFormat>
   } else {
     const __m512i pairs = _mm512_loadu_si512(line);
     w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    w[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+    w[1] = _mm512_castsi512_ps(
+        _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
   }
 }
 
-/// Adds the first kColumns columns of a step to kBlocks x kTokens accumulators; x is token 0 at the step.
+/// Adds the first kColumns columns of a step to kBlocks x kTokens accumulators; x is token 0 at the
+/// step.
 template <PackedFormat kFormat, int kColumns, int kBlocks, int kTokens>
 SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x, int64_t x_stride,
                              __m512 (&acc)[kBlocks][kTokens]) {
@@ -52,7 +54,8 @@ SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x
 
 /// kBlocks row blocks x kTokens tokens.
 template <PackedFormat kFormat, int kBlocks, int kTokens>
-void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token, float* out) {
+void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token,
+                float* out) {
   constexpr int step = kStep<kFormat>;
   __m512 acc[kBlocks][kTokens];
 #pragma GCC unroll 8
@@ -66,23 +69,27 @@ void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t
     add_step<kFormat, step>(w + i * kStepBytes<kFormat>, stride, x + i * step, p.k, acc);
   }
   if constexpr (step == 2) {
-    if (p.k % 2 != 0) add_step<kFormat, 1>(w + steps * kStepBytes<kFormat>, stride, x + steps * 2, p.k, acc);
+    if (p.k % 2 != 0)
+      add_step<kFormat, 1>(w + steps * kStepBytes<kFormat>, stride, x + steps * 2, p.k, acc);
   }
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
+    for (int t = 0; t < kTokens; ++t)
+      _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
   }
 }
 
-/// All row blocks x kTokens tokens, kBlocks at a time, since few chains alone wait for each addition.
+/// All row blocks x kTokens tokens, kBlocks at a time, since few chains alone wait for each
+/// addition.
 template <PackedFormat kFormat, int kBlocks, int kTokens>
 void row_blocks_float(const MatmulParams& p, int64_t stride, int64_t token) {
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
   float* out = p.out + token * p.out_stride;
   int64_t rb = p.row_block_begin;
   for (; rb + kBlocks <= p.row_block_end; rb += kBlocks) {
-    tile_float<kFormat, kBlocks, kTokens>(p, weights + rb * stride, stride, token, out + rb * kRowBlock);
+    tile_float<kFormat, kBlocks, kTokens>(p, weights + rb * stride, stride, token,
+                                          out + rb * kRowBlock);
   }
   for (; rb < p.row_block_end; ++rb) {
     tile_float<kFormat, 1, kTokens>(p, weights + rb * stride, stride, token, out + rb * kRowBlock);
@@ -92,7 +99,8 @@ void row_blocks_float(const MatmulParams& p, int64_t stride, int64_t token) {
 template <PackedFormat kFormat>
 void matmul_float(const MatmulParams& p) {
   constexpr int kFloatTile = 12;
-  constexpr int64_t kCacheBytes = 512 * 1024;  // activations that stay in L2 while the row blocks pass
+  constexpr int64_t kCacheBytes =
+      512 * 1024;  // activations that stay in L2 while the row blocks pass
   const int64_t stride = (p.k + kStep<kFormat> - 1) / kStep<kFormat> * kStepBytes<kFormat>;
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
   const int64_t tiles = kCacheBytes / (p.k * 4 * kFloatTile);

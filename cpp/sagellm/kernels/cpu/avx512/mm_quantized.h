@@ -1,14 +1,14 @@
 // Quantized weights x int8 activations with AVX-512 VNNI.
 //
-// A zmm holds the 16 rows of a row block x 4 k, and vpdpbusd multiplies it with four activations of one token,
-// broadcast from memory. A unit (16 rows x 32 k) is unpacked into 8 registers for a tile of up to 8 tokens.
+// A zmm holds the 16 rows of a row block x 4 k, and vpdpbusd multiplies it with four activations of
+// one token, broadcast from memory. A unit (16 rows x 32 k) is unpacked into 8 registers for a tile
+// of up to 8 tokens.
 #pragma once
-
-#include "sagellm/kernels/cpu/avx512/simd.h"
 
 #include <cstddef>
 #include <cstdint>
 
+#include "sagellm/kernels/cpu/avx512/simd.h"
 #include "sagellm/kernels/cpu/mm_layout.h"
 
 namespace sagellm::kernels {
@@ -123,18 +123,21 @@ SAGELLM_INLINE __m512i half_dot(const Unit& w, const int8_t* q, const int8_t* q_
   return low;
 }
 
-/// Exact integer dot product of a unit with one token: in one chain of vpdpbusd, or in two that do not wait for each
-/// other when the tile has too few tokens to fill the wait.
+/// Exact integer dot product of a unit with one token: in one chain of vpdpbusd, or in two that do
+/// not wait for each other when the tile has too few tokens to fill the wait.
 template <PackedFormat kFormat, bool kA15, bool kOneChain>
-SAGELLM_INLINE __m512i unit_dot(const Unit& w, const int8_t* q, const int8_t* q_lo, const int32_t* sums) {
+SAGELLM_INLINE __m512i unit_dot(const Unit& w, const int8_t* q, const int8_t* q_lo,
+                                const int32_t* sums) {
   constexpr int kZeroPoint = quant_layout(kFormat).zero_point;
   if constexpr (kFormat == PackedFormat::kQ6_K) {
     const __m512i first = half_dot<kA15, 0>(w, q, q_lo, _mm512_set1_epi32(-kZeroPoint * sums[0]));
     const __m512i second = half_dot<kA15, 4>(w, q, q_lo, _mm512_set1_epi32(-kZeroPoint * sums[1]));
-    return _mm512_add_epi32(_mm512_mullo_epi32(first, w.scale[0]), _mm512_mullo_epi32(second, w.scale[1]));
+    return _mm512_add_epi32(_mm512_mullo_epi32(first, w.scale[0]),
+                            _mm512_mullo_epi32(second, w.scale[1]));
   } else {
     const __m512i zero = _mm512_setzero_si512();
-    const __m512i start = kZeroPoint != 0 ? _mm512_set1_epi32(-kZeroPoint * (sums[0] + sums[1])) : zero;
+    const __m512i start =
+        kZeroPoint != 0 ? _mm512_set1_epi32(-kZeroPoint * (sums[0] + sums[1])) : zero;
     const __m512i first = half_dot<kA15, 0>(w, q, q_lo, start);
     const __m512i second = half_dot<kA15, 4>(w, q, q_lo, kOneChain ? first : zero);
     return kOneChain ? second : _mm512_add_epi32(first, second);
@@ -174,23 +177,33 @@ void tile(const MatmulParams& p, const uint8_t* row_block, int64_t token, float*
 }
 
 template <PackedFormat kFormat, bool kA15>
-SAGELLM_INLINE void tail_tile(int64_t tokens, const MatmulParams& p, const uint8_t* row_block, int64_t token, float* out) {
+SAGELLM_INLINE void tail_tile(int64_t tokens, const MatmulParams& p, const uint8_t* row_block,
+                              int64_t token, float* out) {
   switch (tokens) {
-    case 1: return tile<kFormat, kA15, 1>(p, row_block, token, out);
-    case 2: return tile<kFormat, kA15, 2>(p, row_block, token, out);
-    case 3: return tile<kFormat, kA15, 3>(p, row_block, token, out);
-    case 4: return tile<kFormat, kA15, 4>(p, row_block, token, out);
-    case 5: return tile<kFormat, kA15, 5>(p, row_block, token, out);
-    case 6: return tile<kFormat, kA15, 6>(p, row_block, token, out);
-    case 7: return tile<kFormat, kA15, 7>(p, row_block, token, out);
-    default: return;
+    case 1:
+      return tile<kFormat, kA15, 1>(p, row_block, token, out);
+    case 2:
+      return tile<kFormat, kA15, 2>(p, row_block, token, out);
+    case 3:
+      return tile<kFormat, kA15, 3>(p, row_block, token, out);
+    case 4:
+      return tile<kFormat, kA15, 4>(p, row_block, token, out);
+    case 5:
+      return tile<kFormat, kA15, 5>(p, row_block, token, out);
+    case 6:
+      return tile<kFormat, kA15, 6>(p, row_block, token, out);
+    case 7:
+      return tile<kFormat, kA15, 7>(p, row_block, token, out);
+    default:
+      return;
   }
 }
 
 template <PackedFormat kFormat, bool kA15>
 void matmul_units(const MatmulParams& p) {
   constexpr QuantLayout L = quant_layout(kFormat);
-  constexpr int64_t kCacheBytes = 512 * 1024;  // activations that stay in L2 while the row blocks pass
+  constexpr int64_t kCacheBytes =
+      512 * 1024;  // activations that stay in L2 while the row blocks pass
   const int64_t stride = p.k / (kUnit * L.units) * L.group_bytes;
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
   const int64_t tiles = kCacheBytes / (p.k * (kA15 ? 2 : 1) * kTile);
@@ -201,7 +214,8 @@ void matmul_units(const MatmulParams& p) {
       const uint8_t* row_block = weights + rb * stride;
       float* out = p.out + rb * kRowBlock;
       int64_t t = t0;
-      for (; t + kTile <= t1; t += kTile) tile<kFormat, kA15, kTile>(p, row_block, t, out + t * p.out_stride);
+      for (; t + kTile <= t1; t += kTile)
+        tile<kFormat, kA15, kTile>(p, row_block, t, out + t * p.out_stride);
       tail_tile<kFormat, kA15>(t1 - t, p, row_block, t, out + t * p.out_stride);
     }
   }

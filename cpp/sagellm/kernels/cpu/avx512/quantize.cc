@@ -1,9 +1,9 @@
-// Activation quantization with AVX-512; see QuantizeParams and generic/quantize.cc, which it equals bit for bit.
-#include "sagellm/kernels/cpu/avx512/simd.h"
-
+// Activation quantization with AVX-512; see QuantizeParams and generic/quantize.cc, which it equals
+// bit for bit.
 #include <cstddef>
 #include <cstdint>
 
+#include "sagellm/kernels/cpu/avx512/simd.h"
 #include "sagellm/kernels/cpu/isa_tables.h"
 #include "sagellm/kernels/cpu/mm_layout.h"
 
@@ -19,7 +19,8 @@ void quantize_block(const float* x, int8_t* q, int8_t* q_lo, float& d, float& s,
   const __m512i bits[2] = {_mm512_loadu_si512(x), _mm512_loadu_si512(x + 16)};
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   // Compared as integers NaN beats infinity, and infinity beats the rest.
-  const __m512i largest = _mm512_max_epi32(_mm512_and_si512(bits[0], magnitude), _mm512_and_si512(bits[1], magnitude));
+  const __m512i largest =
+      _mm512_max_epi32(_mm512_and_si512(bits[0], magnitude), _mm512_and_si512(bits[1], magnitude));
   d = __builtin_bit_cast(float, _mm512_reduce_max_epi32(largest)) / (kA15 ? kA15Limit : kA8Limit);
   if (d < kMinScale) d = 0.f;
   const bool usable = d >= kMinScale && d <= 3.4e38f;
@@ -47,15 +48,20 @@ void quantize_rows(const QuantizeParams& p) {
     for (int64_t u = 0; u < units; ++u) {
       const int64_t block = t * units + u;
       quantize_block<kA15>(p.x + t * p.x_stride + u * kUnit, p.q + block * kUnit,
-                           kA15 ? p.q_lo + block * kUnit : nullptr, p.d[block], p.s[block], p.sum16 + 2 * block);
+                           kA15 ? p.q_lo + block * kUnit : nullptr, p.d[block], p.s[block],
+                           p.sum16 + 2 * block);
     }
   }
 }
 
-void quantize(const QuantizeParams& p) { return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p); }
+void quantize(const QuantizeParams& p) {
+  return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p);
+}
 
 }  // namespace
 
-void fill_quantize_avx512(KernelTable& table) { table.quantize = quantize; }  // to_bf16: that of avx2
+void fill_quantize_avx512(KernelTable& table) {
+  table.quantize = quantize;
+}  // to_bf16: that of avx2
 
 }  // namespace sagellm::kernels

@@ -1,5 +1,6 @@
-// The AVX-512 intrinsics: the compiler's, or with SAGELLM_SIMDE (tests only) SIMDe's emulation, so that the same
-// kernels run on machines without AVX-512. No other file of this folder or of avx512_bf16 includes intrinsics.
+// The AVX-512 intrinsics: the compiler's, or with SAGELLM_SIMDE (tests only) SIMDe's emulation, so
+// that the same kernels run on machines without AVX-512. No other file of this folder or of
+// avx512_bf16 includes intrinsics.
 #pragma once
 
 #ifdef SAGELLM_SIMDE

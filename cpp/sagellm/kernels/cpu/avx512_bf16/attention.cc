@@ -1,12 +1,13 @@
 // AVX512_BF16 attention: scaled queries and softmax weights are rounded to bfloat16 and multiplied
 // in pairs.
 #include "attention.h"
+
 #include "sagellm/kernels/params.h"
 
 // clang-format off: each of these builds on the ones before
-#include "vmath_bf16.h"
-#include "../simd_math.h"
 #include "../simd_attention.h"
+#include "../simd_math.h"
+#include "vmath_bf16.h"
 // clang-format on
 
 namespace sagellm::kernels {

@@ -1,11 +1,10 @@
 // bf16 weights x bf16 activations with vdpbf16ps: per output one chain over ascending pairs of k.
 #pragma once
 
-#include "sagellm/kernels/cpu/avx512/simd.h"
-
 #include <cstddef>
 #include <cstdint>
 
+#include "sagellm/kernels/cpu/avx512/simd.h"
 #include "sagellm/kernels/params.h"
 
 namespace sagellm::kernels {
@@ -32,13 +31,15 @@ void tile_bf16(const MatmulParams& p, const uint8_t* w, int64_t pairs, int64_t t
       __builtin_memcpy(&pair, x + (t * pairs + i) * 2, 4);
       const __m512i value = _mm512_set1_epi32(pair);
 #pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b) acc[b][t] = _mm512_dpbf16_ps(acc[b][t], (__m512bh)weight[b], (__m512bh)value);
+      for (int b = 0; b < kBlocks; ++b)
+        acc[b][t] = _mm512_dpbf16_ps(acc[b][t], (__m512bh)weight[b], (__m512bh)value);
     }
   }
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
+    for (int t = 0; t < kTokens; ++t)
+      _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
   }
 }
 
@@ -58,7 +59,8 @@ SAGELLM_INLINE void row_blocks_bf16(const MatmulParams& p, int64_t pairs, int64_
 
 /// Two row blocks (or one) x all full tiles of [t0, t1).
 template <int kBlocks, int kTokens>
-SAGELLM_INLINE void tiles_bf16(const MatmulParams& p, int64_t pairs, int64_t rb, int64_t t0, int64_t t1) {
+SAGELLM_INLINE void tiles_bf16(const MatmulParams& p, int64_t pairs, int64_t rb, int64_t t0,
+                               int64_t t1) {
   const uint8_t* w = static_cast<const uint8_t*>(p.weights) + rb * pairs * 64;
   for (int64_t t = t0; t < t1; t += kTokens) {
     tile_bf16<kBlocks, kTokens>(p, w, pairs, t, p.out + t * p.out_stride + rb * kRowBlock);
@@ -66,8 +68,9 @@ SAGELLM_INLINE void tiles_bf16(const MatmulParams& p, int64_t pairs, int64_t rb,
 }
 
 void matmul_bf16(const MatmulParams& p) {
-  constexpr int kTokens = 12;                  // x 2 row blocks: 24 accumulators of 32 registers
-  constexpr int64_t kCacheBytes = 512 * 1024;  // activations that stay in L2 while the row blocks pass
+  constexpr int kTokens = 12;  // x 2 row blocks: 24 accumulators of 32 registers
+  constexpr int64_t kCacheBytes =
+      512 * 1024;  // activations that stay in L2 while the row blocks pass
   const int64_t pairs = (p.k + 1) / 2;
   const int64_t tiles = kCacheBytes / (pairs * 4 * kTokens);
   const int64_t chunk = (tiles > 0 ? tiles : 1) * kTokens;
@@ -78,7 +81,8 @@ void matmul_bf16(const MatmulParams& p) {
     for (; rb + 2 <= p.row_block_end; rb += 2) tiles_bf16<2, kTokens>(p, pairs, rb, t0, t1);
     if (rb < p.row_block_end) tiles_bf16<1, kTokens>(p, pairs, rb, t0, t1);
   }
-  // The rest: the fewer tokens, the more row blocks run side by side to cover the latency of a chain.
+  // The rest: the fewer tokens, the more row blocks run side by side to cover the latency of a
+  // chain.
   int64_t t = full;
   for (; t + 4 <= p.num_tokens; t += 4) row_blocks_bf16<4, 4>(p, pairs, t);
   for (; t + 2 <= p.num_tokens; t += 2) row_blocks_bf16<4, 2>(p, pairs, t);

@@ -100,7 +100,8 @@ void matmul_quantized(const MatmulParams& p) {
           const int64_t x = (t0 + t) * p.k + u * kUnit;
           int32_t sum[kRowBlock] = {};
           for (int k = 0; k < kUnit; ++k) {
-            const int32_t value = p.x.q_lo != nullptr ? 128 * p.x.q[x + k] + p.x.q_lo[x + k] : p.x.q[x + k];
+            const int32_t value =
+                p.x.q_lo != nullptr ? 128 * p.x.q[x + k] + p.x.q_lo[x + k] : p.x.q[x + k];
             for (int r = 0; r < kRowBlock; ++r) sum[r] += unit.code[k][r] * value;
           }
           const float d = p.x.d[(t0 + t) * units + u];
@@ -160,17 +161,28 @@ void matmul_float(const MatmulParams& p) {
 
 void matmul(const MatmulParams& p) {
   switch (p.format) {
-    case F::kF32: return matmul_float<F::kF32>(p);
-    case F::kF16: return matmul_float<F::kF16>(p);
-    case F::kBF16: return matmul_float<F::kBF16>(p);
-    case F::kQ4_0: return matmul_quantized<F::kQ4_0>(p);
-    case F::kQ4_1: return matmul_quantized<F::kQ4_1>(p);
-    case F::kQ5_0: return matmul_quantized<F::kQ5_0>(p);
-    case F::kQ5_1: return matmul_quantized<F::kQ5_1>(p);
-    case F::kQ8_0: return matmul_quantized<F::kQ8_0>(p);
-    case F::kQ4_K: return matmul_quantized<F::kQ4_K>(p);
-    case F::kQ5_K: return matmul_quantized<F::kQ5_K>(p);
-    case F::kQ6_K: return matmul_quantized<F::kQ6_K>(p);
+    case F::kF32:
+      return matmul_float<F::kF32>(p);
+    case F::kF16:
+      return matmul_float<F::kF16>(p);
+    case F::kBF16:
+      return matmul_float<F::kBF16>(p);
+    case F::kQ4_0:
+      return matmul_quantized<F::kQ4_0>(p);
+    case F::kQ4_1:
+      return matmul_quantized<F::kQ4_1>(p);
+    case F::kQ5_0:
+      return matmul_quantized<F::kQ5_0>(p);
+    case F::kQ5_1:
+      return matmul_quantized<F::kQ5_1>(p);
+    case F::kQ8_0:
+      return matmul_quantized<F::kQ8_0>(p);
+    case F::kQ4_K:
+      return matmul_quantized<F::kQ4_K>(p);
+    case F::kQ5_K:
+      return matmul_quantized<F::kQ5_K>(p);
+    case F::kQ6_K:
+      return matmul_quantized<F::kQ6_K>(p);
   }
 }
 

@@ -8,7 +8,8 @@
 namespace sagellm::kernels {
 namespace {
 
-/// Largest |x| of a block by integer comparison, so that NaN beats infinity and infinity beats the rest.
+/// Largest |x| of a block by integer comparison, so that NaN beats infinity and infinity beats the
+/// rest.
 float absmax(const float* x) {
   uint32_t best = 0;
   for (int i = 0; i < kUnit; ++i) {
@@ -55,12 +56,15 @@ void quantize_rows(const QuantizeParams& p) {
     for (int64_t u = 0; u < units; ++u) {
       const int64_t block = t * units + u;
       quantize_block<kA15>(p.x + t * p.x_stride + u * kUnit, p.q + block * kUnit,
-                           kA15 ? p.q_lo + block * kUnit : nullptr, p.d[block], p.s[block], p.sum16 + 2 * block);
+                           kA15 ? p.q_lo + block * kUnit : nullptr, p.d[block], p.s[block],
+                           p.sum16 + 2 * block);
     }
   }
 }
 
-void quantize(const QuantizeParams& p) { return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p); }
+void quantize(const QuantizeParams& p) {
+  return p.q_lo != nullptr ? quantize_rows<true>(p) : quantize_rows<false>(p);
+}
 
 /// Rounds to nearest even; NaN stays NaN.
 void to_bf16(const float* x, uint16_t* out, int64_t n) {

@@ -107,7 +107,8 @@ class GgufFile::Parser {
     const auto num_values = read<uint64_t>();
     require<CorruptFile>(num_tensors <= kMaxEntries && num_values <= kMaxEntries, file_.name(),
                          ": claims ", num_tensors, " tensors and ", num_values,
-                         " metadata values; the limit is ", kMaxEntries);
+                         " metadata values; the limit is ", kMaxEntries,
+                         "; the file is damaged, download it again");
     for (uint64_t i = 0; i < num_values; ++i) metadata_value();
     read_alignment();
     std::vector<Pending> pending;

@@ -3,10 +3,11 @@
 #include "sagellm/kernels/cpu/isa_tables.h"
 #include "sagellm/kernels/params.h"
 
-// clang-format off: each of these builds on the ones before
-#include "../simd_elementwise.h"
-#include "../simd_math.h"
+// The vector type comes first, then what is written in terms of it.
+// clang-format off
 #include "vmath.h"
+#include "../simd_math.h"
+#include "../simd_elementwise.h"
 // clang-format on
 
 namespace sagellm::kernels {

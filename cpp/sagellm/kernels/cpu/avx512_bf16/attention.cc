@@ -4,10 +4,11 @@
 
 #include "sagellm/kernels/params.h"
 
-// clang-format off: each of these builds on the ones before
-#include "../simd_attention.h"
-#include "../simd_math.h"
+// The vector type comes first, then what is written in terms of it.
+// clang-format off
 #include "vmath_bf16.h"
+#include "../simd_math.h"
+#include "../simd_attention.h"
 // clang-format on
 
 namespace sagellm::kernels {

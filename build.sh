@@ -166,7 +166,7 @@ configure() {  # configure FOLDER BUILD_TYPE ARGUMENTS...
 cpp_tests() {
   mkdir -p build
   configure build/asan RelWithDebInfo -DSAGELLM_BUILD_TESTS=ON -DSAGELLM_WERROR=ON \
-    -DSAGELLM_SANITIZE=address,undefined
+    -DSAGELLM_SANITIZE=address,undefined -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"
   cmake --build build/asan
   ctest --test-dir build/asan --output-on-failure --no-tests=error
 }

@@ -262,7 +262,7 @@ def test_ascend_is_the_reference_backend_on_torch_npu(
     device: str, torch_device: str, ascend: Ascend, checkpoint: Checkpoint
 ) -> None:
     ascend(fake_torch_npu(2))
-    runner = create_runner(checkpoint, device, threads=2)
+    runner = create_runner(checkpoint, device)
     assert runner.device == f"torch:{torch_device}"
 
 
@@ -270,6 +270,8 @@ def test_other_names_give_their_backend(checkpoint: Checkpoint) -> None:
     assert create_runner(checkpoint, "reference", max_batch_tokens=64).device == "reference"
     with pytest.raises(InvalidArgumentError, match="'reference' has no option precision"):
         create_runner(checkpoint, "reference", precision="a15")
+    with pytest.raises(InvalidArgumentError, match="'reference' has no option threads"):
+        create_runner(checkpoint, "reference", threads=2)
     with pytest.raises(InvalidArgumentError, match="MockRunner"):
         create_runner(checkpoint, "mock")
     pytest.importorskip("torch", reason="torch is not installed")

@@ -57,6 +57,8 @@ class CpuRunner:
     ) -> None:
         if precision not in ("a8", "a15"):
             raise InvalidArgumentError(f"precision is {precision!r}; choose 'a8' or 'a15'")
+        if threads is not None and not isinstance(threads, int):
+            raise InvalidArgumentError(f"threads is {threads!r}; choose a whole number")
         self._core = load_core()
         self._config = checkpoint.config
         self._groups = plan_kv_groups(checkpoint.config.layer_windows)

@@ -88,8 +88,7 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
     given = {name: value for name, value in options.items() if value is not None}
     if chosen == "cpu":
         return CpuRunner(checkpoint, **given)
-    for name in ("threads", "max_batch_tokens"):  # limits of the native core; NumPy has its own
-        given.pop(name, None)
+    given.pop("max_batch_tokens", None)  # sizes the native core's workspace; others need none
     if given:
         raise InvalidArgumentError(f"device {chosen!r} has no option {', '.join(sorted(given))}")
     name, _, rest = chosen.partition(":")

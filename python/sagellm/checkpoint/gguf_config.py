@@ -131,7 +131,10 @@ def _vocab_size(file: TensorFile, source: str) -> int:
     rows = file.tensors["token_embd.weight"].shape[0]
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if tokens is not None and len(tokens) > rows:
-        raise CorruptFileError(f"{source}: {len(tokens)} tokens but {rows} embedding rows")
+        raise CorruptFileError(
+            f"{source}: {len(tokens)} tokens but {rows} embedding rows; download or convert the "
+            "model again"
+        )
     return int(rows)
 
 

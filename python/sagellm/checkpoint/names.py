@@ -211,7 +211,7 @@ def map_tensors(
         if found_shape != shape:
             raise CorruptFileError(
                 f"{source}: tensor {stored[canonical]} has shape {found_shape}, expected {shape} "
-                "from the model's settings"
+                "from the model's settings; download or convert the model again"
             )
         sources[canonical] = _source(config, names, canonical, file)
     return sources

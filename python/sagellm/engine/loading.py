@@ -44,7 +44,7 @@ def load_engine(
     config = config or EngineConfig()
     if device == "mock":
         return Engine(MockRunner(), mock_tokenizer(), config)
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint = open_checkpoint(resolve_model(model))
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     template = None
     if tokenizer.chat_template:

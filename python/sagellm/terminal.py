@@ -1,27 +1,122 @@
-"""Command lines: an error becomes one clear line and an exit status."""
+"""What all command lines share: errors as one line, exit statuses, progress of downloads."""
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from sagellm.errors import SagellmError
 
+# The base of typer's errors about command lines, of which typer exports only subclasses.
+_UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
-def run_app(app: typer.Typer, *, prog_name: str, args: list[str] | None = None) -> int:
-    """Runs a typer application; a SagellmError becomes one line on standard error.
+_INTERRUPTED = 130  # as shells count: 128 + SIGINT
+_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def run_app(module: str, *, prog_name: str, args: list[str] | None = None) -> int:
+    """Runs the typer application ``app`` of a module; an error becomes one line on stderr.
+
+    The module is imported here, so that Ctrl-C is met in the same way from the first moment.
 
     Returns:
-        0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C.
+        0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C, 141 when the reader of the
+        output went away.
     """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # on stderr
     try:
-        app(args=args, prog_name=prog_name)
+        app = importlib.import_module(module).app
+        command = typer.main.get_command(app)
+        result: object = command.main(args=args, prog_name=prog_name, standalone_mode=False)
+        sys.stdout.flush()
     except SagellmError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] {escape(str(error))}", highlight=False
-        )
-        return 1
-    except SystemExit as stop:  # typer has said what there is to say
-        return stop.code if isinstance(stop.code, int) else 0
-    return 0
+        return _fail(str(error))
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except _UsageProblem as error:
+        error.show()
+        return error.exit_code
+    except SystemExit as stop:  # typer has met a BrokenPipeError
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        return _BROKEN_PIPE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except OSError as error:  # a file or folder that the user named
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    if result == _INTERRUPTED:  # typer has met the KeyboardInterrupt already
+        return _interrupted()
+    return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    sys.stderr.write("\ninterrupted\n")
+    return _INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    start, end = ("\x1b[1;31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    sys.stderr.write(f"{start}error:{end} {' '.join(message.splitlines())}\n")
+    return 1
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Writes rows to stdout, columns aligned; plain text, so that other programs can read it."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+@contextmanager
+def pull_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback for downloads that draws a bar on stderr; off a terminal it is one line.
+
+    Nothing appears unless bytes arrive.
+    """
+    console = Console(stderr=True, highlight=False)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            if bar.disable:
+                sys.stderr.write(f"downloading {name} ({total / 1e6:,.0f} MB)\n")
+            bar.start()
+            task = bar.add_task(name, total=total)
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bar.stop()

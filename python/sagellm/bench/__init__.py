@@ -1,1 +1,1 @@
-"""Measures models and kernels on this machine."""
+"""Benchmarks of this machine: ``sagellm bench``, ``python -m sagellm.bench``."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sagellm.bench.app import app
 from sagellm.terminal import run_app
 
 if __name__ == "__main__":
-    sys.exit(run_app(app, prog_name="python -m sagellm.bench"))
+    sys.exit(run_app("sagellm.bench.app", prog_name="python -m sagellm.bench"))

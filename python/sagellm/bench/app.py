@@ -12,45 +12,89 @@ import typer
 from sagellm.bench import kernels as kernel_bench
 from sagellm.bench import kv as kv_bench
 from sagellm.bench import offline as offline_bench
-from sagellm.checkpoint.store import resolve_model
+from sagellm.bench import report
 from sagellm.errors import InvalidArgumentError
 from sagellm.native import load_core
 
 app = typer.Typer(
-    help="Measures this machine. Close other programs first; every figure comes with the memory "
-    "bandwidth of the run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw the result to this PNG file (pip install 'sagellm[plot]')."),
+]
 Profile = Annotated[
     Path | None,
-    typer.Option(
-        "--profile", help="Write a gperftools CPU profile here (needs SAGE_ENABLE_GPERFTOOLS=1)."
-    ),
+    typer.Option("--profile", help="Write a CPU profile here (needs SAGE_ENABLE_GPERFTOOLS=1)."),
 ]
+
+
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context, profile: Profile = None) -> None:
+    """Measure this machine. Close other programs first.
+
+    `python -m sagellm.bench` is the same. Results go to standard output, progress to standard
+    error.
+
+    \b
+    Examples:
+      sagellm bench offline --model smollm2
+      sagellm bench kernels --formats Q4_1,BF16 --tokens 1,32
+      sagellm bench kv --json
+      sagellm bench --profile out.prof      a profile of `offline`
+    """  # noqa: D301
+    if context.invoked_subcommand is None:
+        offline(profile=profile)
+    elif profile is not None:
+        context.with_resource(_profiled(profile))
 
 
 @app.command()
 def offline(
-    model: Annotated[str, typer.Option(help="Catalogue name or path.")] = "smollm2",
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    output_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    model: Annotated[str, typer.Option(help="As for `sagellm run`.")] = "smollm2",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of every prompt.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 128,
     streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.  [default: all of this process]")
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Measured runs; medians are reported.")] = 5,
-    precision: Annotated[str | None, typer.Option(help="a8 or a15.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, reference, torch.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="a8 or a15.  [default: a8]")] = None,
+    device: Annotated[str, typer.Option(help="As for `sagellm run`.")] = "auto",
+    plot: Plot = None,
     profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Prefill and decode speed of a real model, against the machine's read bandwidth."""
-    path = resolve_model(model)
+    """Prefill and decode speed of a real model, against the machine's read bandwidth.
+
+    \b
+    Examples:
+      python -m sagellm.bench offline --model smollm2
+      python -m sagellm.bench offline --model smollm2 --prompt-tokens 512 --output-tokens 128 \\
+          --streams 8 --threads 2 --repeat 5 --json
+
+    \b
+    --json prints one object with these medians, and more:
+      prefill_tps      prompt tokens per second, all streams
+      decode_tps       output tokens per second, all streams
+      ttft_ms          submission to the first token of the last stream
+      startup_s        start of the process to a loaded model
+      peak_mem_mb      largest resident set
+      bytes_per_token  weight and KV bytes read for one output token
+      decode_gbps      bytes_per_token * decode_tps, in GB/s
+      probe_gbps       read bandwidth measured in the same minute
+      logits_hash      equal hashes: equal logits, bit for bit
+    """  # noqa: D301
+    if plot is not None:
+        report.check_plot(plot)
     with _profiled(profile):
         result = offline_bench.run(
-            path,
+            model,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             streams=streams,
@@ -60,30 +104,45 @@ def offline(
             device=device,
         )
     offline_bench.show(result, as_json=as_json)
+    if plot is not None:
+        offline_bench.plot(result, plot)
 
 
 @app.command()
 def kernels(
     rows: Annotated[int, typer.Option(min=1, help="Output rows of the matrix.")] = 4096,
     columns: Annotated[int, typer.Option(min=32, help="Columns, a multiple of 32.")] = 1536,
-    tokens: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32,256",
-    formats: Annotated[str, typer.Option(help="Weight formats; all by default.")] = "",
+    tokens: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32,256",
+    formats: Annotated[str, typer.Option(help="Weight formats, comma-separated.")] = ",".join(
+        kernel_bench.FORMATS
+    ),
     precision: Annotated[str, typer.Option(help="a8 or a15.")] = "a8",
-    repeat: Annotated[int, typer.Option(min=1)] = 20,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs whose mean is taken.")] = 20,
+    plot: Plot = None,
     profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Matmul kernels alone, on one thread."""
+    """Matrix multiplications alone, on one thread.
+
+    \b
+    Examples:
+      python -m sagellm.bench kernels
+      python -m sagellm.bench kernels --formats Q4_1,Q8_0 --tokens 1,64 --plot kernels.png
+    """  # noqa: D301
+    if plot is not None:
+        report.check_plot(plot)
     with _profiled(profile):
         results = kernel_bench.run(
             rows=rows,
             columns=columns,
-            tokens=tuple(int(t) for t in tokens.split(",")),
-            formats=tuple(formats.upper().split(",")) if formats else kernel_bench.FORMATS,
+            tokens=_batch_sizes(tokens),
+            formats=tuple(name.strip().upper() for name in formats.split(",")),
             precision=precision,
             repeat=repeat,
         )
     kernel_bench.show(results, as_json=as_json)
+    if plot is not None:
+        kernel_bench.plot(results, plot)
 
 
 @app.command()
@@ -91,8 +150,20 @@ def kv(
     blocks: Annotated[int, typer.Option(min=64, help="Blocks in the pool.")] = 131072,
     as_json: Json = False,
 ) -> None:
-    """KV block allocation and the prefix index."""
+    """KV block allocation and the prefix index.
+
+    \b
+    Example:
+      python -m sagellm.bench kv --blocks 8192
+    """  # noqa: D301
     kv_bench.show(kv_bench.run(num_blocks=blocks), as_json=as_json)
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 1 << 20 for part in parts):
+        raise InvalidArgumentError(f"--tokens is {text!r}; give numbers of tokens, such as 1,8,32")
+    return tuple(map(int, parts))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -41,7 +42,12 @@ def run(
     precision: str,
     repeat: int,
 ) -> list[KernelResult]:
-    """Times ``W[rows, columns] @ x`` on one thread for every format and number of tokens."""
+    """Times ``W[rows, columns] @ x`` on one thread for every format and number of tokens.
+
+    Raises:
+        InvalidArgumentError: ``columns`` is not a whole number of a format's blocks.
+        UnsupportedError: A format that cannot be made here.
+    """
     core = load_core()
     isa = core.kernels.selected_isa()
     rng = np.random.default_rng(0)
@@ -80,3 +86,23 @@ def show(results: list[KernelResult], *, as_json: bool) -> None:
         ("format", "tokens", "us", "GB/s", "% of probe", "GFLOP/s"),
         [(r.format, r.tokens, r.microseconds, r.gbps, r.probe_percent, r.gflops) for r in results],
     )
+
+
+def plot(results: list[KernelResult], path: Path) -> None:
+    """Draws arithmetic and weight bandwidth against the batch size, one line per format."""
+    tokens = sorted({r.tokens for r in results})
+    with report.figure(path, columns=2) as (arithmetic, bandwidth):
+        for name in dict.fromkeys(r.format for r in results):
+            cases = [r for r in results if r.format == name]
+            batches = [r.tokens for r in cases]
+            arithmetic.plot(batches, [r.gflops for r in cases], "o-", label=name)
+            bandwidth.plot(batches, [r.gbps for r in cases], "o-", label=name)
+        for axes, unit in ((arithmetic, "GFLOP/s"), (bandwidth, "weights, GB/s")):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(tokens, list(map(str, tokens)))
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("tokens")
+            axes.set_ylabel(unit)
+            axes.grid(alpha=0.3)
+        bandwidth.legend()
+        bandwidth.figure.suptitle(f"matmul, one thread, {results[0].isa}, {results[0].precision}")

@@ -1,8 +1,8 @@
-"""A real model driven through the engine, against the machine's memory bandwidth.
+"""A real model driven through the engine: prefill, decode, first token, memory, bandwidth.
 
-Every repeat runs a prefill pass (all prompts, one token each), a bandwidth probe and a full pass,
-in this order, so that the probe is of the same minute as the figures. Prompts are random token ids,
-different in every repeat and stream: no prefix is ever shared.
+Every repeat runs a prefill pass (all prompts, one token each), a full pass and a bandwidth probe,
+so that the probe is of the same minute as the figures. Prompts are random token ids, different in
+every repeat and stream: no prefix is ever shared.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm.bench import report
+from sagellm.checkpoint.store import resolve_model
 from sagellm.engine.config import EngineConfig
 from sagellm.engine.engine import Engine
 from sagellm.engine.llm import new_request
 from sagellm.engine.loading import load_engine
 from sagellm.engine.memory import peak_memory_mb
-from sagellm.errors import InvalidArgumentError, SagellmError
+from sagellm.errors import InvalidArgumentError, ResourceExhaustedError, SagellmError
 from sagellm.native import load_core
+from sagellm.terminal import pull_progress
 
 _MIN_PROBE_BYTES = 64 << 20
 _HASH_TOKENS = 64
@@ -31,14 +33,16 @@ _HASH_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineResult:
-    """Medians over the repeats; ``spread`` is (max - min) / median of decode_tps.
+    """Medians over the repeats, and what they were measured on.
 
     Attributes:
         prefill_tps: Prompt tokens per second, all streams.
         decode_tps: Output tokens per second over all streams, once every stream decodes.
+        decode_spread: (max - min) / median of ``decode_runs``.
         ttft_ms: Submission to the first token of the last stream.
-        startup_s: Process start to a loaded engine.
-        peak_mem_mb: Largest resident memory of the process, without the bandwidth probe.
+        startup_s: Start of the process to a loaded engine, without the download of the model.
+        peak_mem_mb: Largest resident set before the first probe, in MB; includes mapped weights.
+        kv_mb: The KV pool, in MiB.
         bytes_per_token: Weight bytes of one step divided by the streams, plus the KV bytes of one
             stream at its mean context. None where the backend does not know.
         decode_gbps: bytes_per_token * decode_tps, in 10^9.
@@ -47,6 +51,7 @@ class OfflineResult:
         probe_percent: decode_gbps as a share of probe_gbps.
         logits_hash: SHA-256 (16 hex digits) of the float32 logits of a fixed prompt: equal hashes,
             equal bytes.
+        decode_runs, probe_runs: What the medians are of.
     """
 
     model: str
@@ -70,10 +75,12 @@ class OfflineResult:
     probe_gbps: float | None
     probe_percent: float | None
     logits_hash: str
+    decode_runs: tuple[float, ...]
+    probe_runs: tuple[float, ...]
 
 
 def run(
-    model: Path,
+    model: str,
     *,
     prompt_tokens: int,
     output_tokens: int,
@@ -83,25 +90,37 @@ def run(
     precision: str | None,
     device: str,
 ) -> OfflineResult:
-    """Loads the model and measures it.
+    """Loads the model, downloading it first if need be, and measures it.
 
     Raises:
         InvalidArgumentError: The sizes exceed the model's context.
+        ResourceExhaustedError: So many streams of that length do not fit in memory.
     """
+    waited = time.perf_counter()
+    if device != "mock":  # it has no files
+        with pull_progress(model) as progress:
+            model = str(resolve_model(model, auto_pull=True, progress=progress))
+    waited = time.perf_counter() - waited
     length = prompt_tokens + output_tokens
     config = EngineConfig(
         max_num_seqs=streams,
         max_batch_tokens=max(512, streams),
         kv_cache_tokens=streams * (length + 64),
     )
-    engine = load_engine(model, config, device=device, threads=threads, precision=precision)
-    startup = _seconds_since_process_start()
-    if length > engine.capacity.max_model_len:
-        raise InvalidArgumentError(
-            f"{prompt_tokens} + {output_tokens} tokens exceed the context of "
-            f"{engine.capacity.max_model_len}"
-        )
     try:
+        engine = load_engine(model, config, device=device, threads=threads, precision=precision)
+    except ResourceExhaustedError as error:
+        raise ResourceExhaustedError(
+            f"{error}; that is for {streams} streams of {length} tokens, so lower --streams, "
+            "--prompt-tokens or --output-tokens"
+        ) from None
+    startup = _seconds_since_process_start() - waited
+    try:
+        if length > engine.capacity.max_model_len:
+            raise InvalidArgumentError(
+                f"{prompt_tokens} + {output_tokens} tokens exceed the model's context of "
+                f"{engine.capacity.max_model_len}; lower --prompt-tokens or --output-tokens"
+            )
         bench = _Bench(engine, prompt_tokens, output_tokens, streams)
         logits_hash = hash_logits(engine)
         bench.warm_up()
@@ -110,7 +129,7 @@ def run(
             for _ in range(repeat):
                 bench.measure()
                 bar.advance(task)
-        return bench.result(model, startup, repeat, logits_hash)
+        return bench.result(Path(model).name, startup, repeat, logits_hash)
     finally:
         engine.close()
 
@@ -135,18 +154,18 @@ class _Bench:
     def warm_up(self) -> None:
         """One pass with a short output: pages are touched, code is in the caches."""
         self._pass(self.prompt_tokens, min(self.output_tokens, 8))
-        self.peak_mem_mb = peak_memory_mb()  # before the probe takes memory of its own
 
     def measure(self) -> None:
         """One repeat."""
         start, first, _ = self._pass(self.prompt_tokens, 1)
         self.prefill.append(self.streams * self.prompt_tokens / (first - start))
         self.ttft.append((first - start) * 1e3)
+        _, _, rate = self._pass(self.prompt_tokens, self.output_tokens)
+        self.decode.append(rate)
+        self.peak_mem_mb = self.peak_mem_mb or peak_memory_mb()  # the probe takes some, too
         if self.weight_bytes is not None:
             size = max(int(self.weight_bytes), _MIN_PROBE_BYTES)
             self.probes.append(load_core().runtime.read_bandwidth(self.threads, size, 5) / 1e9)
-        _, _, rate = self._pass(self.prompt_tokens, self.output_tokens)
-        self.decode.append(rate)
 
     def _pass(self, prompt_tokens: int, output_tokens: int) -> tuple[float, float, float]:
         """Runs every stream once.
@@ -180,7 +199,7 @@ class _Bench:
             if output.finished is not None and output.finished.failure is not None:
                 raise SagellmError(output.finished.failure.message)
 
-    def result(self, model: Path, startup: float, repeat: int, logits_hash: str) -> OfflineResult:
+    def result(self, model: str, startup: float, repeat: int, logits_hash: str) -> OfflineResult:
         """Medians of what was measured."""
         runner = self.engine.runner
         decode = report.median(self.decode)
@@ -190,7 +209,7 @@ class _Bench:
             per_token = self.weight_bytes / self.streams + self._kv_bytes_read()
             rate = per_token * decode / 1e9
         return OfflineResult(
-            model=model.name,
+            model=model,
             device=runner.device,
             isa=str(getattr(runner, "isa", "")),
             precision=str(getattr(runner, "precision", "float32")),
@@ -211,6 +230,8 @@ class _Bench:
             probe_gbps=probe,
             probe_percent=100 * rate / probe if rate is not None and probe else None,
             logits_hash=logits_hash,
+            decode_runs=tuple(self.decode),
+            probe_runs=tuple(self.probes),
         )
 
     def _kv_bytes_read(self) -> float:
@@ -238,9 +259,30 @@ def show(result: OfflineResult, *, as_json: bool) -> None:
     """Prints the result."""
     if as_json:
         report.print_json(asdict(result))
-    else:
-        rows = [(name, value) for name, value in asdict(result).items() if value is not None]
-        report.print_table("offline", ("figure", "value"), rows)
+        return
+    rows = [
+        (name, value)
+        for name, value in asdict(result).items()
+        if value is not None and not name.endswith("_runs")
+    ]
+    report.print_table("offline", ("figure", "value"), rows)
+
+
+def plot(result: OfflineResult, path: Path) -> None:
+    """Draws the decode speed of every repeat beside what the bandwidth probe allows."""
+    with report.figure(path) as axes:
+        runs = range(1, result.repeat + 1)
+        axes.bar(runs, result.decode_runs, width=0.6, label="decode")
+        if result.bytes_per_token:
+            roof = [1e9 * gbps / result.bytes_per_token for gbps in result.probe_runs]
+            axes.plot(runs, roof, "k_--", label="read bandwidth / bytes per token")
+        axes.set_xticks(list(runs))
+        axes.set_xlabel("repeat")
+        axes.set_ylabel("tokens/s")
+        axes.set_title(
+            f"{result.model}: {result.streams} streams, {result.threads} threads, {result.isa}"
+        )
+        axes.legend(loc="lower right")
 
 
 def _seconds_since_process_start() -> float:

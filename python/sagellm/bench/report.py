@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from sagellm.errors import InvalidArgumentError, UnsupportedError
 
 
 def median(values: Sequence[float]) -> float:
@@ -37,7 +42,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    Console().print(table)
+    Console(soft_wrap=True).print(table)
 
 
 def progress() -> Progress:
@@ -52,6 +57,34 @@ def progress() -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+def check_plot(path: Path) -> None:
+    """Finds out before the measurement whether a plot can be written.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+        InvalidArgumentError: Not a PNG name, or its folder is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError("--plot needs matplotlib; pip install 'sagellm[plot]'")
+    if path.suffix.lower() != ".png":
+        raise InvalidArgumentError(f"--plot writes PNG; name the file like {path.stem}.png")
+    if not path.absolute().parent.is_dir():
+        raise InvalidArgumentError(f"--plot: there is no folder {path.parent}; create it first")
+
+
+@contextmanager
+def figure(path: Path, *, columns: int = 1) -> Iterator[Any]:
+    """Axes of matplotlib (several when ``columns`` is) that become a PNG file at the end.
+
+    No display is needed.
+    """
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(3 + 4 * columns, 4), dpi=150, layout="constrained")
+    yield drawing.subplots(ncols=columns)
+    drawing.savefig(path, format="png")
 
 
 def _cell(value: object) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from sagellm.cli.app import app
 from sagellm.terminal import run_app
 
 
 def main() -> None:
     """Entry point of the ``sagellm`` command."""
-    sys.exit(run_app(app, prog_name="sagellm"))
+    sys.exit(run_app("sagellm.cli.app", prog_name="sagellm"))
 
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -1,5 +1,8 @@
-"""``python -m sagellm.cli``: the ``sagellm`` command without its script."""
+"""``python -m sagellm.cli``, the same as ``sagellm``."""
+
+from __future__ import annotations
 
 from sagellm.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -11,42 +11,50 @@ from typing import Annotated, Any
 import numpy as np
 import pydantic
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import sagellm
 from sagellm.backends import probe_devices
 from sagellm.engine.memory import available_memory
 from sagellm.errors import DeviceUnavailableError
 from sagellm.native import load_core
+from sagellm.terminal import print_columns
 
 
 def version() -> None:
-    """Print the version."""
+    """Print the version of sagellm."""
     typer.echo(f"sagellm {sagellm.__version__}")
 
 
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show CPU features, the instruction-set path, devices with reasons, memory and versions."""
+    """Show what this machine can run.
+
+    CPU features, the instruction-set path in use (SAGELLM_CPU_ISA forces another), devices and why
+    one cannot run, free memory, versions.
+
+    \b
+    Examples:
+      sagellm info
+      sagellm info --json
+    """  # noqa: D301
     facts = collect()
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows: list[tuple[str, str]] = []
     for name, value in facts.items():
         if name == "devices":
             for device in value:
-                mark = "[green]yes[/]" if device["available"] else "[yellow]no[/]"
-                table.add_row(f"device {device['name']}", f"{mark}  {device['reason']}")
+                mark = "yes" if device["available"] else "no "
+                rows.append((f"device {device['name']}", f"{mark}  {device['reason']}"))
         elif isinstance(value, dict):
-            table.add_row(name, ", ".join(f"{k} {v}" for k, v in value.items()))
+            rows.append((name, ", ".join(f"{k} {v}" for k, v in value.items())))
         elif isinstance(value, list):
-            table.add_row(name, " ".join(map(str, value)))
+            rows.append((name, " ".join(map(str, value))))
         else:
-            table.add_row(name, str(value))
-    Console(soft_wrap=True).print(table)
+            rows.append((name, str(value)))
+    print_columns(rows)
 
 
 def collect() -> dict[str, Any]:
@@ -61,7 +69,7 @@ def collect() -> dict[str, Any]:
     except DeviceUnavailableError as error:
         facts["native core"] = str(error)
     else:
-        facts["cpu"] = core.kernels.cpu_name()
+        facts["cpu"] = core.kernels.cpu_brand() or "unknown"
         facts["cpu features"] = core.kernels.cpu_features()
         facts["isa path"] = core.kernels.selected_isa()
         facts["isa paths that run here"] = core.kernels.available_isas()

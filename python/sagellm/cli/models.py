@@ -6,64 +6,86 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from sagellm.checkpoint import open_checkpoint
-from sagellm.checkpoint.catalogue import CATALOGUE
+from sagellm.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL
 from sagellm.checkpoint.store import list_models, pull, remove, resolve_model
-from sagellm.cli.progress import pull_progress
+from sagellm.cli.options import Model
+from sagellm.terminal import print_columns, pull_progress
+from sagellm.text import load_tokenizer
 
-Name = Annotated[str, typer.Argument(help="Catalogue name, or org/repository on Hugging Face.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="From `sagellm list`, or ORG/REPO.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def pull_command(name: Name) -> None:
-    """Download a model. Interrupt it at will: a model is either absent or whole."""
-    with pull_progress() as progress:
+    """Download a model. Interrupt it at will: a model is either absent or whole.
+
+    \b
+    Examples:
+      sagellm pull smollm2
+      sagellm pull gemma3-270m
+      sagellm pull ORG/REPO               a Hugging Face model (pip install 'sagellm[hf]')
+      sagellm pull ORG/REPO/FILE.gguf     one GGUF file of it
+    """  # noqa: D301
+    with pull_progress(name) as progress:
         path = pull(name, progress=progress)
-    typer.echo(f"{name} is ready: {path.name}")
+    typer.echo(f"{name} is ready: {path}")
 
 
-def list_command(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
-) -> None:
-    """List the models on this machine, and those of the catalogue that are not here yet."""
+def list_command(as_json: Json = False) -> None:
+    """List the models on this machine, and those of the catalogue that are not here yet.
+
+    \b
+    Examples:
+      sagellm list
+      sagellm list --json
+    """  # noqa: D301
     models = list_models()
-    present = {model.name for model in models}
     if as_json:
         typer.echo(
-            json.dumps([{"name": m.name, "bytes": m.nbytes, "source": m.source} for m in models])
+            json.dumps(
+                [
+                    {"name": m.name, "bytes": m.nbytes, "source": m.source, "path": str(m.path)}
+                    for m in models
+                ]
+            )
         )
         return
-    table = Table("model", "size", "license", "source")
-    for model in models:
-        table.add_row(model.name, _megabytes(model.nbytes), model.license, model.source)
+    rows = [("model", "size", "license", "source")]
+    rows += [(m.name, _megabytes(m.nbytes), m.license, m.source) for m in models]
+    present = {model.name for model in models}
     for entry in CATALOGUE.values():
         if entry.name not in present:
-            table.add_row(
-                f"[dim]{entry.name}",
-                "[dim]not here",
-                f"[dim]{entry.license}",
-                f"[dim]sagellm pull {entry.name}",
-            )
-    Console().print(table)
+            rows.append((entry.name, "not here", entry.license, f"sagellm pull {entry.name}"))
+    print_columns(rows)
 
 
 def remove_command(name: Name) -> None:
-    """Delete a downloaded model."""
+    """Delete a downloaded model.
+
+    \b
+    Example:
+      sagellm rm smollm2
+    """  # noqa: D301
     typer.echo(f"{name}: {_megabytes(remove(name))} freed")
 
 
-def show_command(
-    name: Annotated[str, typer.Argument(help="Name or path of a model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """Show what a model is: architecture, sizes, formats, context."""
-    checkpoint = open_checkpoint(resolve_model(name))
+def show_command(model: Model = DEFAULT_MODEL, as_json: Json = False) -> None:
+    """Show what a model is: architecture, sizes, formats, context.
+
+    \b
+    Examples:
+      sagellm show smollm2
+      sagellm show ./model.gguf --json
+    """  # noqa: D301
+    path = resolve_model(model)
+    checkpoint = open_checkpoint(path)
     config = checkpoint.config
     windows = {window for window in config.layer_windows if window}
     facts: dict[str, object] = {
         "name": config.name,
+        "path": str(path),
         "architecture": config.architecture,
         "parameters": checkpoint.num_parameters,
         "format": checkpoint.quantization,
@@ -73,14 +95,18 @@ def show_command(
         "heads": f"{config.num_heads} ({config.num_kv_heads} KV) of {config.head_dim}",
         "sliding window": ", ".join(map(str, sorted(windows))) or "none",
         "vocabulary": config.vocab_size,
+        "chat template": load_tokenizer(checkpoint.tokenizer).chat_template is not None,
     }
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in facts.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    print_columns([(key, _shown(value)) for key, value in facts.items()])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _megabytes(nbytes: int) -> str:

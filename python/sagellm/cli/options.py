@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what they lead to."""
 
 from __future__ import annotations
 
@@ -6,23 +6,61 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sagellm.engine.llm import new_request
+from sagellm.checkpoint.store import resolve_model
+from sagellm.engine.llm import LLM, new_request
+from sagellm.errors import InvalidArgumentError
+from sagellm.terminal import pull_progress
 
 if TYPE_CHECKING:
-    from sagellm.engine.llm import LLM
+    from pathlib import Path
+
     from sagellm.protocol import Request
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Name from `sagellm list`, .gguf file, folder, or ORG/REPO."
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; all by default.")
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads.  [default: all of this process]"),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, reference, torch:DEVICE or ascend:N.")
+    str,
+    typer.Option(
+        "--device", help="auto, cpu, reference, torch:DEVICE, ...; `sagellm info` lists them."
+    ),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", help="a8 (int8 activations) or a15 (15 bits)."),
+    typer.Option(
+        "--precision",
+        help="Activations on the CPU: a8 (int8) or a15 (15 bits, closer to float32).  "
+        "[default: a8]",
+    ),
 ]
+KvCacheGb = Annotated[
+    float | None,
+    typer.Option("--kv-cache-gb", help="Memory for the KV cache, in GiB.  [default: what fits]"),
+]
+
+
+def open_llm(
+    model: str,
+    *,
+    device: str,
+    threads: int | None,
+    precision: str | None,
+    kv_cache_gb: float | None,
+) -> LLM:
+    """Loads a model, and downloads it first if it is known but absent."""
+    path: str | Path = model
+    if device != "mock":  # it has no files
+        with pull_progress(model) as progress:
+            path = resolve_model(model, auto_pull=True, progress=progress)
+    return LLM(path, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb)
 
 
 def request_for(
@@ -37,8 +75,19 @@ def request_for(
     seed: int | None,
     stream: bool,
 ) -> Request:
-    """Builds a request: chat turns with ``text`` as the user's, or bare text when ``raw``."""
+    """Builds a request: the chat turns and ``text`` as the user's, or the bare text when ``raw``.
+
+    A model without a chat template gets the bare text too.
+
+    Raises:
+        InvalidArgumentError: An illegal value, or turns for a model without a chat template.
+    """
     chat = not raw and llm.has_chat_template
+    if turns and not chat:
+        reason = "--raw is given" if raw else f"{llm.model_name} has no chat template"
+        raise InvalidArgumentError(
+            f"a system message needs the chat template, but {reason}; leave out --system"
+        )
     return new_request(
         prompt="" if chat else text,
         messages=[*turns, {"role": "user", "content": text}] if chat else None,

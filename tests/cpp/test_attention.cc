@@ -24,7 +24,7 @@ TEST_P(Attention, ElementwiseAgreesWithGeneric) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Isa, Attention, ::testing::ValuesIn(available_isas()),
-                         [](const auto& info) { return info.param; });
+                         [](const auto& test) { return test.param; });
 
 }  // namespace
 }  // namespace sagellm::kernels

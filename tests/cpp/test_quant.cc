@@ -85,8 +85,8 @@ TEST_P(Pack, RefusesWhatDoesNotFit) {
   EXPECT_THROW(unpack_row(packed, -1, out.data()), InvalidArgument);
 }
 
-INSTANTIATE_TEST_SUITE_P(Formats, Pack, testing::ValuesIn(packable()), [](const auto& info) {
-  return std::string(format_info(info.param).name);
+INSTANTIATE_TEST_SUITE_P(Formats, Pack, testing::ValuesIn(packable()), [](const auto& test) {
+  return std::string(format_info(test.param).name);
 });
 
 TEST(MakePacked, RefusesImpossibleSizes) {

@@ -119,7 +119,7 @@ def test_kernels_prints_every_case() -> None:
         ("F32", 5),
     ]
     for case in cases:
-        assert all(case[name] > 0 for name in ("microseconds", "gbps", "gflops", "probe_percent"))
+        assert all(case[name] > 0 for name in ("microseconds", "gbps", "gflops", "dram_percent"))
         flops = 2 * 64 * 64 * case["tokens"]
         assert math.isclose(case["gflops"] * case["microseconds"] * 1e3, flops)
     assert "Q4_1" in succeed("kernels", *options, "--formats", "Q4_1", module=BENCH)

@@ -183,7 +183,8 @@ fuzz() {
     { printf 'SKIPPED: no clang++ (Debian: apt-get install clang libclang-rt-14-dev)\n'; return 0; }
   mkdir -p build
   CXX=$clang configure build/fuzz RelWithDebInfo -DSAGELLM_BUILD_FUZZERS=ON \
-    -DSAGELLM_SANITIZE=address,undefined -DSAGELLM_FUZZ_SECONDS="${SAGELLM_FUZZ_SECONDS:-20}"
+    -DSAGELLM_SANITIZE=address,undefined -DSAGELLM_FUZZ_SECONDS="${SAGELLM_FUZZ_SECONDS:-20}" \
+    -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"
   cmake --build build/fuzz
   ctest --test-dir build/fuzz --output-on-failure --no-tests=error
 }

@@ -146,6 +146,25 @@ FloatArray run_rms_norm(const std::string& isa, const FloatArray& x, const Float
   return out;
 }
 
+FloatArray run_layer_norm(const std::string& isa, const FloatArray& x, const FloatArray& weight,
+                          const FloatArray& bias, float eps) {
+  require_same_size(x, weight, "layer_norm");
+  require_same_size(x, bias, "layer_norm");
+  require<InvalidArgument>(x.size() > 0, "layer_norm of no values");
+  FloatArray out = like(x);
+  kernels::kernel_table(isa).layer_norm(x.data(), weight.data(), bias.data(), eps, x.size(),
+                                        out.mutable_data());
+  return out;
+}
+
+FloatArray run_softmax(const std::string& isa, const FloatArray& x) {
+  require<InvalidArgument>(x.size() > 0, "softmax of no values");
+  FloatArray out = like(x);
+  std::copy_n(x.data(), x.size(), out.mutable_data());
+  kernels::kernel_table(isa).softmax(out.mutable_data(), out.size());
+  return out;
+}
+
 FloatArray run_rope(const std::string& isa, const FloatArray& x, const FloatArray& cos,
                     const FloatArray& sin) {
   require_same_size(cos, sin, "rope");
@@ -226,6 +245,10 @@ void register_kernels_ops(py::module_& m) {
   binary("add", &kernels::KernelTable::add);
   binary("silu_mul", &kernels::KernelTable::silu_mul);
   binary("gelu_tanh_mul", &kernels::KernelTable::gelu_tanh_mul);
+  binary("bias_gelu", &kernels::KernelTable::bias_gelu);
+  k.def("layer_norm", &run_layer_norm, py::arg("isa"), py::arg("x").noconvert(),
+        py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("eps"));
+  k.def("softmax", &run_softmax, py::arg("isa"), py::arg("x").noconvert());
   k.def(
       "scale",
       [](const std::string& isa, const FloatArray& x, float factor) {

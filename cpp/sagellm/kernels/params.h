@@ -225,6 +225,13 @@ struct KernelTable {
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
   void (*gelu_tanh_mul)(const float* gate, const float* up, int64_t n, float* out);
   void (*softcap)(float* x, float cap, int64_t n);  // cap * tanh(x / cap)
+  /// out = (x - mean) / sqrt(variance + eps) * weight + bias, both moments over n; out may alias x.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                     float* out);
+  /// out = gelu(x + bias) with the exact gelu(y) = y * Phi(y), the normal distribution function;
+  /// out may alias x.
+  void (*bias_gelu)(const float* x, const float* bias, int64_t n, float* out);
+  void (*softmax)(float* x, int64_t n);  // in place over one row of finite values
   void (*kv_write)(const KvWriteParams&);
   void (*attention)(const AttentionParams&);
   void (*attention_finish)(const AttentionFinishParams&);

@@ -100,6 +100,68 @@ void softcap(float* x, float cap, int64_t n) {
   map1(x, n, x, [c](Vec a) { return mul(c, tanh(div(a, c))); });
 }
 
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                float* out) {
+  const auto sum_of = [n, x](auto fn) {
+    Vec sum0 = zero(), sum1 = zero();
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      sum0 = fn(load(x + i), sum0);
+      sum1 = fn(load(x + i + kLanes), sum1);
+    }
+    for (; i + kLanes <= n; i += kLanes) sum0 = fn(load(x + i), sum0);
+    if (i < n) {
+      const Vec last = fn(load_part(x + i, n - i), zero());
+      sum1 = add(sum1, select(range_mask(0, 0, static_cast<int>(n - i)), last, zero()));
+    }
+    return reduce_add(add(sum0, sum1)) / static_cast<float>(n);
+  };
+  const Vec mean = set(sum_of([](Vec v, Vec sum) { return add(sum, v); }));
+  const float variance = sum_of([mean](Vec v, Vec sum) {
+    const Vec d = sub(v, mean);
+    return fma(d, d, sum);
+  });
+  const Vec factor = set(1.f / __builtin_sqrtf(variance + eps));
+  const auto apply = [mean, factor](Vec v, Vec w, Vec b) {
+    return fma(mul(sub(v, mean), factor), w, b);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(out + i, apply(load(x + i), load(weight + i), load(bias + i)));
+  if (i < n) {
+    const int64_t left = n - i;
+    const Vec last =
+        apply(load_part(x + i, left), load_part(weight + i, left), load_part(bias + i, left));
+    store_part(out + i, last, left);
+  }
+}
+
+void bias_gelu(const float* x, const float* bias, int64_t n, float* out) {
+  map2(x, bias, n, out, [](Vec v, Vec b) { return gelu_erf(add(v, b)); });
+}
+
+void softmax(float* x, int64_t n) {
+  Vec largest = set(x[0]);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) largest = max(load(x + i), largest);
+  float top = reduce_max(largest);
+  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+
+  const Vec m = set(top);
+  Vec sum = zero();
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const Vec e = exp(sub(load(x + i), m));
+    store(x + i, e);
+    sum = add(sum, e);
+  }
+  if (i < n) {
+    const Vec e = exp(sub(load_part(x + i, n - i), m));
+    store_part(x + i, e, n - i);
+    sum = add(sum, select(range_mask(0, 0, static_cast<int>(n - i)), e, zero()));
+  }
+  scale(x, 1.f / reduce_add(sum), n);
+}
+
 void argmax(const float* x, int64_t n, float* value, int32_t* index) {
   Vec best = set(-__builtin_inff());
   int64_t i = 0;
@@ -173,6 +235,9 @@ inline void fill_elementwise(KernelTable& table) {
   table.silu_mul = silu_mul;
   table.gelu_tanh_mul = gelu_tanh_mul;
   table.softcap = softcap;
+  table.layer_norm = layer_norm;
+  table.bias_gelu = bias_gelu;
+  table.softmax = softmax;
   table.kv_write = kv_write;
   table.argmax = argmax;
   table.sum_exp = sum_exp;

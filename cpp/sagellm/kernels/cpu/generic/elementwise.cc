@@ -52,6 +52,39 @@ void softcap(float* x, float cap, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = cap * tanh(x[i] / cap);
 }
 
+/// Sum of fn(i) over i < n, in an order fixed by n.
+template <class Fn>
+float sum_of(int64_t n, Fn fn) {
+  constexpr int kSums = 8;
+  float sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (int j = 0; j < kSums; ++j) sums[j] += fn(i + j);
+  }
+  for (int j = 0; i + j < n; ++j) sums[j] += fn(i + j);
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                float* out) {
+  const auto count = static_cast<float>(n);
+  const float mean = sum_of(n, [x](int64_t i) { return x[i]; }) / count;
+  const auto squared = [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); };
+  const float factor = 1.f / __builtin_sqrtf(sum_of(n, squared) / count + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - mean) * factor * weight[i] + bias[i];
+}
+
+void bias_gelu(const float* x, const float* bias, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = gelu_erf(x[i] + bias[i]);
+}
+
+void softmax(float* x, int64_t n) {
+  float largest = x[0];
+  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  for (int64_t i = 0; i < n; ++i) x[i] = exp(x[i] - largest);
+  scale(x, 1.f / sum_of(n, [x](int64_t i) { return x[i]; }), n);
+}
+
 void kv_write(const KvWriteParams& p) {
   const int head_dim = p.kv.head_dim;
   for (int t = 0; t < p.num_tokens; ++t) {
@@ -98,6 +131,9 @@ void fill_ops_generic(KernelTable& table) {
   table.silu_mul = silu_mul;
   table.gelu_tanh_mul = gelu_tanh_mul;
   table.softcap = softcap;
+  table.layer_norm = layer_norm;
+  table.bias_gelu = bias_gelu;
+  table.softmax = softmax;
   table.kv_write = kv_write;
   table.argmax = argmax;
   table.sum_exp = sum_exp;

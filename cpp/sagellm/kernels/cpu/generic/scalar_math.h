@@ -87,5 +87,22 @@ inline float gelu_tanh(float x) {
   return gate(x, x * (x * x * (0.044715f * 1.5957691216f) + 1.5957691216f));
 }
 
+/// x * Phi(x); see simd_math.h.
+inline float gelu_erf(float x) {
+  const float t = 1.f / (1.f + 0.35f * __builtin_fabsf(x));
+  float p = -2.914593502e-02f;
+  p = p * t + 1.439717184e-01f;
+  p = p * t - 2.557142913e-01f;
+  p = p * t + 1.591741956e-01f;
+  p = p * t - 2.310985417e-02f;
+  p = p * t + 1.055080097e-01f;
+  p = p * t + 1.198328669e-01f;
+  p = p * t + 1.398618697e-01f;
+  p = p * t + 1.396214043e-01f;
+  const float tail = p * t * exp(-0.5f * (x * x));
+  const float result = x * (x < 0.f ? tail : 1.f - tail);
+  return x < -14.f ? 0.f : result;
+}
+
 }  // namespace
 }  // namespace sagellm::kernels

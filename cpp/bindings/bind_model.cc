@@ -50,7 +50,7 @@ std::unique_ptr<model::Decoder> make_decoder(const model::ModelConfig& config,
 py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices& positions,
                const Indices& query_starts, const Indices& block_tables,
                const Indices& block_copies, const Indices& logit_rows, const py::sequence& sampling,
-               bool return_logits) {
+               bool return_logits, bool return_hidden) {
   require<InvalidArgument>(block_tables.ndim() == 3,
                            "block_tables must have shape [groups, sequences, blocks]");
   require<InvalidArgument>(query_starts.size() >= 2, "a step needs at least one sequence");
@@ -70,22 +70,26 @@ py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices&
   params.reserve(sampling.size());
   for (const auto& row : sampling) params.push_back(bindings::to_params(row, vocab, keep));
   std::vector<sample::Result> results(params.size());
-  py::object logits = py::none();
-  float* logits_out = nullptr;
-  if (return_logits) {
+  model::StepOutputs outputs;
+  outputs.sampled = results;
+  const auto matrix = [&](int64_t columns, float** data) {
     py::array_t<float> array(
-        {static_cast<py::ssize_t>(logit_rows.size()), static_cast<py::ssize_t>(vocab)});
-    logits_out = array.mutable_data();
-    logits = std::move(array);
-  }
+        {static_cast<py::ssize_t>(logit_rows.size()), static_cast<py::ssize_t>(columns)});
+    *data = array.mutable_data();
+    return array;
+  };
+  py::object logits = py::none();
+  py::object hidden = py::none();
+  if (return_logits) logits = matrix(vocab, &outputs.logits);
+  if (return_hidden) hidden = matrix(decoder.config().hidden_size, &outputs.hidden);
   {
     const py::gil_scoped_release release;
-    decoder.step(batch, params, results, logits_out);
+    decoder.step(batch, params, outputs);
   }
   py::list rows;
   for (size_t i = 0; i < results.size(); ++i)
     rows.append(bindings::to_tuple(results[i], params[i]));
-  return py::make_tuple(rows, logits);
+  return py::make_tuple(rows, logits, hidden);
 }
 
 }  // namespace
@@ -142,14 +146,18 @@ void register_model(py::module_& m) {
       .def("attach_kv", &Decoder::attach_kv, "storage"_a)
       .def("step", &step, "token_ids"_a.noconvert(), "positions"_a.noconvert(),
            "query_starts"_a.noconvert(), "block_tables"_a.noconvert(), "block_copies"_a.noconvert(),
-           "logit_rows"_a.noconvert(), "sampling"_a, "return_logits"_a,
-           "Runs one step; returns (rows, logits | None), rows being tuples (token_id, logprob | "
-           "None, top_ids,\n"
-           "top_logprobs, error | None), one per entry of `sampling`.")
+           "logit_rows"_a.noconvert(), "sampling"_a, "return_logits"_a = false,
+           "return_hidden"_a = false,
+           "Runs one step; returns (rows, logits | None, hidden | None). Rows are tuples "
+           "(token_id,\n"
+           "logprob | None, top_ids, top_logprobs, error | None), one per entry of `sampling`.\n"
+           "Hidden states are those after the final norm.")
       .def_property_readonly("isa", [](const Decoder& d) { return d.kernels().name; })
       .def_property_readonly("num_threads", &Decoder::num_threads)
       .def_property_readonly("weight_bytes", [](const Decoder& d) { return d.weights().bytes(); })
       .def_property_readonly("weight_bytes_per_token",
                              [](const Decoder& d) { return d.weights().bytes_per_token(); })
-      .def_property_readonly("workspace_bytes", &Decoder::workspace_bytes);
+      .def_property_readonly("workspace_bytes", &Decoder::workspace_bytes)
+      .def_property_readonly("last_head_blocks", &Decoder::last_head_blocks,
+                             "Row blocks (of 16) of the output head that the last step computed.");
 }

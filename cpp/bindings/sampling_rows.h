@@ -41,6 +41,7 @@ inline sample::RowParams to_params(const py::handle& row, int64_t vocab,
   p.prompt_length = row.attr("prompt_length").cast<int64_t>();
   p.position = row.attr("position").cast<uint64_t>();
   p.num_logprobs = row.attr("num_logprobs").cast<int32_t>();
+  p.forced_token = row.attr("forced_token").cast<int32_t>();
   const py::int_ mask(0xFFFFFFFFFFFFFFFFull);
   p.seed = row.attr("seed").attr("__and__")(mask).cast<uint64_t>();
 

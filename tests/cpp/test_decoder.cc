@@ -141,7 +141,7 @@ std::vector<std::vector<float>> run(int threads, const std::vector<int>& lengths
     std::vector<float> out(rows.size() * kVocab);
     std::vector<sample::RowParams> sampling(rows.size());
     std::vector<sample::Result> sampled(rows.size());
-    decoder.step(batch, sampling, sampled, out.data());
+    decoder.step(batch, sampling, {.sampled = sampled, .logits = out.data()});
     for (size_t i = 0; i < live.size(); ++i) {
       auto& to = logits[static_cast<size_t>(live[i])];
       to.insert(to.end(), out.begin() + starts[i] * kVocab, out.begin() + starts[i + 1] * kVocab);
@@ -184,7 +184,7 @@ TEST(Decoder, RefusesMalformedBatchesAndStaysUsable) {
     batch.logit_rows = rows;
     batch.num_groups = 2;
     batch.max_blocks = 1;
-    decoder.step(batch, {}, {}, out.data());
+    decoder.step(batch, {}, {.logits = out.data()});
   };
   EXPECT_THROW(step(), InvalidArgument) << "no KV storage";
   decoder.attach_kv(std::make_shared<kv::KvStorage>(2, 1, 2, 16, kBlockSize));

@@ -284,3 +284,47 @@ def test_invalid_rules_are_named(options: dict[str, Any], match: str) -> None:
     for sampler in (native.sample_rows, numpy_sampler.sample_rows):
         with pytest.raises(InvalidArgumentError, match=match):
             sampler(logits, [SamplingRow(**options)])
+
+
+def test_a_forced_token_is_reported_whatever_the_rule_says() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=200).astype(np.float32)
+    raw = logits.astype(np.float64)
+    for token in (0, 77, 199):
+        row = sample_one(
+            logits,
+            forced_token=token,
+            num_logprobs=2,
+            temperature=1.0,
+            top_k=1,
+            allowed=bits([5], 200),
+            bias_ids=np.array([token], np.int32),
+            bias_values=np.array([-100.0], np.float32),
+        )
+        assert row.token_id == token
+        assert row.logprob == pytest.approx(raw[token] - np.log(np.exp(raw).sum()), abs=1e-5)
+        assert list(row.top_ids) == np.argsort(-raw)[:2].tolist()
+    assert sample_one(logits, forced_token=3).logprob is None
+    logits[9] = np.nan
+    assert sample_one(logits, forced_token=3).error == "logits are not finite"
+
+
+def test_a_forced_token_outside_the_vocabulary_is_refused() -> None:
+    logits = np.zeros((1, 10), np.float32)
+    for sampler in (native.sample_rows, numpy_sampler.sample_rows):
+        for token in (-2, 10):
+            with pytest.raises((ValueError, InvalidArgumentError), match="forced_token"):
+                sampler(logits, [SamplingRow(forced_token=token)])
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 100])
+def test_masks_of_whole_and_partial_words(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    for _ in range(20):
+        logits = rng.normal(size=vocab).astype(np.float32)
+        chosen = rng.choice(vocab, size=int(rng.integers(1, vocab + 1)), replace=False).tolist()
+        allowed = bits(chosen, vocab)
+        if vocab % 32:
+            allowed[-1] |= np.uint32((0xFFFFFFFF << vocab % 32) & 0xFFFFFFFF)  # past the end
+        row = sample_one(logits, allowed=allowed)
+        assert row.token_id == max(chosen, key=lambda i: (logits[i], -i))

@@ -44,9 +44,8 @@ DecoderOptions validated(DecoderOptions options) {
 struct Decoder::StepState {
   const ForwardBatch& batch;
   std::span<const sample::RowParams> sampling;
-  std::span<sample::Result> sampled;
-  float* logits;  // nullable
-  bool small;     // every thread has private rows
+  const StepOutputs& outputs;
+  bool small;  // every thread has private rows
 
   int64_t num_tokens() const { return batch.num_tokens(); }
   /// First workspace row of `thread`.
@@ -200,15 +199,16 @@ void Decoder::prepare(const ForwardBatch& batch) {
 }
 
 void Decoder::step(const ForwardBatch& batch, std::span<const sample::RowParams> sampling,
-                   std::span<sample::Result> sampled, float* logits) {
+                   const StepOutputs& outputs) {
   validate(batch);
   require<InvalidArgument>(sampling.empty() || sampling.size() == batch.logit_rows.size(),
                            "sampling has ", sampling.size(), " entries for ",
                            batch.logit_rows.size(), " logit rows");
-  require<InvalidArgument>(sampled.size() == sampling.size(),
+  require<InvalidArgument>(outputs.sampled.size() == sampling.size(),
                            "sampled and sampling differ in length");
   prepare(batch);
-  StepState step{batch, sampling, sampled, logits, batch.num_tokens() <= kSmallStep};
+  StepState step{batch, sampling, outputs, batch.num_tokens() <= kSmallStep};
+  head_plan_.build(config_.vocab_size, sampling, outputs.logits != nullptr);
   pool_.run([&](int thread) { run_step(step, thread); });
 }
 
@@ -524,7 +524,6 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
 
 void Decoder::output_head(StepState& step, int thread, int& phase) {
   const int64_t hidden = config_.hidden_size;
-  const int64_t vocab = config_.vocab_size;
   const int64_t base = step.base(thread);
   const int64_t rows = step.batch.num_logit_rows();
   const quant::PackedMatrix& head = weights_.head();
@@ -537,30 +536,55 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
                    floats(norm_scratch_) + thread * hidden_stride_);
     table_.rms_norm(x, weights_.final_norm().data(), config_.norm_eps, hidden,
                     hidden_in_.row(base + r));
+    // In a small step every thread has the row; one of them hands it out.
+    if (step.outputs.hidden != nullptr && (!step.small || thread == 0)) {
+      std::copy_n(hidden_in_.row(base + r), hidden, step.outputs.hidden + r * hidden);
+    }
     hidden_in_.encode(table_, head_kinds, base + r, base + r + 1);
   });
+  if (step.sampling.empty() && step.outputs.logits == nullptr) return;
+  const Units blocks = units(head_plan_.num_blocks(), 256);
   for (int64_t first = 0; first < rows; first += kHeadRows) {
     const int64_t count = std::min<int64_t>(kHeadRows, rows - first);
     const kernels::Activations x = hidden_in_.view(base + first);
-    for_units(units(head), thread, phase, [&](int64_t begin, int64_t end) {
-      matmul(head, begin, end, x, count, floats(logits_), vocab_stride_);
+    for_units(blocks, thread, phase, [&](int64_t begin, int64_t end) {
+      head_plan_.for_runs(begin, end, [&](int64_t run_begin, int64_t run_end) {
+        matmul(head, run_begin, run_end, x, count, floats(logits_), vocab_stride_);
+      });
     });
     for_units(units(count, 1), thread, phase, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        float* logits = floats(logits_) + i * vocab_stride_;
-        const auto row = static_cast<size_t>(first + i);
-        if (config_.final_softcap > 0.f) table_.softcap(logits, config_.final_softcap, vocab);
-        if (step.logits != nullptr) std::copy_n(logits, vocab, step.logits + (first + i) * vocab);
-        if (step.sampling.empty()) continue;
-        try {
-          step.sampled[row] = sample::sample_row(logits, vocab, step.sampling[row], table_,
-                                                 sample_scratch_[static_cast<size_t>(thread)]);
-        } catch (const std::exception& error) {  // this row alone fails
-          step.sampled[row] = sample::Result{};
-          step.sampled[row].error = error.what();
-        }
+        choose(step, first + i, floats(logits_) + i * vocab_stride_,
+               sample_scratch_[static_cast<size_t>(thread)]);
       }
     });
+  }
+}
+
+void Decoder::choose(StepState& step, int64_t row, float* logits, sample::Scratch& scratch) {
+  const int64_t vocab = config_.vocab_size;
+  int64_t done = 0;  // logits before it are final
+  head_plan_.for_runs(0, head_plan_.num_blocks(), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kernels::kRowBlock;
+    const int64_t last = std::min(end * kernels::kRowBlock, vocab);
+    std::fill(logits + done, logits + first, 0.f);  // not computed, and masked by the sampler
+    if (config_.final_softcap > 0.f) {
+      table_.softcap(logits + first, config_.final_softcap, last - first);
+    }
+    done = last;
+  });
+  std::fill(logits + done, logits + vocab, 0.f);
+  if (step.outputs.logits != nullptr) {
+    std::copy_n(logits, vocab, step.outputs.logits + row * vocab);
+  }
+  if (step.sampling.empty()) return;
+  sample::Result& result = step.outputs.sampled[static_cast<size_t>(row)];
+  try {
+    result =
+        sample::sample_row(logits, vocab, step.sampling[static_cast<size_t>(row)], table_, scratch);
+  } catch (const std::exception& error) {  // this row alone fails
+    result = sample::Result{};
+    result.error = error.what();
   }
 }
 

@@ -26,6 +26,7 @@
 #include "sagellm/model/attention_plan.h"
 #include "sagellm/model/config.h"
 #include "sagellm/model/forward_batch.h"
+#include "sagellm/model/head_plan.h"
 #include "sagellm/model/weights.h"
 #include "sagellm/runtime/thread_pool.h"
 #include "sagellm/sample/sampler.h"
@@ -39,6 +40,13 @@ struct DecoderOptions {
   std::string isa;  // empty: the best this machine has (or SAGELLM_CPU_ISA)
 };
 
+/// Where the results of a step go. Each has one row per logit row.
+struct StepOutputs {
+  std::span<sample::Result> sampled = {};  // as long as the sampling rules
+  float* logits = nullptr;                 // [R, vocab_size], nullable
+  float* hidden = nullptr;                 // [R, hidden_size] after the final norm, nullable
+};
+
 class Decoder {
  public:
   /// Loads the weights; throws what ModelConfig::validate and Weights throw.
@@ -47,17 +55,22 @@ class Decoder {
   /// Gives the model its KV pages; must match the config's heads, slots and groups.
   void attach_kv(std::shared_ptr<kv::KvStorage> storage);
 
-  /// Runs one step. `sampling` is empty or has one entry per logit row; then `sampled` has as many.
-  /// `logits` (nullable) receives [R, vocab_size]. Throws InvalidArgument before touching any state
-  /// when the batch is malformed. Not re-entrant.
+  /// Runs one step. `sampling` is empty or has one entry per logit row. Throws InvalidArgument
+  /// before touching any state when the batch is malformed. Not re-entrant.
+  ///
+  /// When every row may choose from an allowed set only and nobody asks for logits or
+  /// log-probabilities, the row blocks of the output head without an allowed token are left out;
+  /// the choice is the same. (What is not computed is not checked to be finite either.)
   void step(const ForwardBatch& batch, std::span<const sample::RowParams> sampling,
-            std::span<sample::Result> sampled, float* logits);
+            const StepOutputs& outputs);
 
   const ModelConfig& config() const { return config_; }
   const Weights& weights() const { return weights_; }
   const kernels::KernelTable& kernels() const { return table_; }
   int32_t num_threads() const { return pool_.size(); }
   size_t workspace_bytes() const;
+  /// Row blocks of the output head that the last step computed.
+  int64_t last_head_blocks() const { return head_plan_.num_blocks(); }
 
  private:
   struct StepState;  // what the phases of one step share
@@ -73,6 +86,7 @@ class Decoder {
   void attention_block(StepState& step, int layer, int thread, int& phase);
   void feed_forward(StepState& step, int layer, int thread, int& phase);
   void output_head(StepState& step, int thread, int& phase);
+  void choose(StepState& step, int64_t row, float* logits, sample::Scratch& scratch);
 
   /// Calls body(token) for the tokens this thread must prepare: all of them (private copies) in a
   /// small step, its share otherwise, followed by a barrier.
@@ -118,6 +132,7 @@ class Decoder {
   std::vector<float> state_m_, state_l_, state_acc_;
   Buffer attention_scratch_;
   std::vector<sample::Scratch> sample_scratch_;  // one per thread
+  HeadPlan head_plan_;
 };
 
 }  // namespace sagellm::model

@@ -82,8 +82,16 @@ void adjust(const RowParams& row, Scratch& s) {
 
 /// Step 4: everything that is not allowed becomes -inf.
 void mask(const uint32_t* allowed, float* x, int64_t vocab) {
-  for (int64_t i = 0; i < vocab; ++i) {
-    if ((allowed[i / 32] >> (i % 32) & 1u) == 0) x[i] = kNegativeInfinity;
+  for (int64_t first = 0; first < vocab; first += 32) {
+    const uint32_t word = allowed[first / 32];
+    const int64_t count = std::min<int64_t>(32, vocab - first);
+    if (word == 0) {
+      std::fill_n(x + first, count, kNegativeInfinity);
+    } else if (word != ~0u) {
+      for (int64_t i = 0; i < count; ++i) {
+        if ((word >> i & 1u) == 0) x[first + i] = kNegativeInfinity;
+      }
+    }
   }
 }
 
@@ -266,6 +274,8 @@ void validate(const RowParams& row, int64_t vocab) {
                            "frequency_penalty must be finite");
   require<InvalidArgument>(row.num_logprobs >= -1, "num_logprobs is ", row.num_logprobs,
                            ", must be >= -1");
+  require<InvalidArgument>(row.forced_token >= -1 && row.forced_token < vocab, "forced_token is ",
+                           row.forced_token, ", must be -1 or in [0, ", vocab, ")");
   require<InvalidArgument>(row.num_bias >= 0 && row.history_length >= 0 && row.prompt_length >= 0,
                            "lengths must not be negative");
   require<InvalidArgument>(
@@ -292,6 +302,11 @@ Result sample_row(const float* logits, int64_t vocab, const RowParams& row,
     return result;
   };
   if (!all_finite(logits, vocab)) return failed("logits are not finite");
+  if (row.forced_token >= 0) {
+    result.token_id = row.forced_token;
+    if (row.num_logprobs >= 0) report_logprobs(logits, vocab, row, table, scratch, result);
+    return result;
+  }
 
   const float* x = logits;  // greedy rows without adjustments read the logits in place
   if (row.num_bias > 0 || row.allowed != nullptr ||

@@ -31,6 +31,7 @@ struct RowParams {
   uint64_t seed = 0;
   uint64_t position = 0;      // index of the token being drawn
   int32_t num_logprobs = -1;  // -1: none; 0: the chosen token's; n: also the n most likely
+  int32_t forced_token = -1;  // >= 0: chosen whatever the rest says, to learn its log-probability
 };
 
 /// The chosen token, or in `error` why there is none (then the other fields are empty).

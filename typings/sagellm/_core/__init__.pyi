@@ -10,6 +10,7 @@ from . import kv
 from . import ops
 from . import sample
 from . import model
+from . import encoder
 from . import profiler
-__all__: list[str] = ['checkpoint', 'kernels', 'kv', 'model', 'ops', 'profiler', 'quant', 'runtime', 'sample']
+__all__: list[str] = ['checkpoint', 'encoder', 'kernels', 'kv', 'model', 'ops', 'profiler', 'quant', 'runtime', 'sample']
 __version__: str = '0.1.0.0'

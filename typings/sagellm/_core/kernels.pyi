@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import sagellm._core.quant
 import typing
-__all__: list[str] = ['add', 'argmax', 'attention', 'attention_finish', 'available_isas', 'benchmark_matmul', 'cpu_brand', 'cpu_features', 'gelu_tanh_mul', 'kv_write', 'matmul', 'quantize', 'rms_norm', 'rope', 'scale', 'selected_isa', 'silu_mul', 'softcap', 'sum_exp', 'to_bf16']
+__all__: list[str] = ['add', 'argmax', 'attention', 'attention_finish', 'available_isas', 'benchmark_matmul', 'bias_gelu', 'cpu_brand', 'cpu_features', 'gelu_tanh_mul', 'kv_write', 'layer_norm', 'matmul', 'quantize', 'rms_norm', 'rope', 'scale', 'selected_isa', 'silu_mul', 'softcap', 'softmax', 'sum_exp', 'to_bf16']
 def add(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def argmax(isa: str, x: numpy.typing.NDArray[numpy.float32]) -> tuple:
@@ -28,6 +28,8 @@ def benchmark_matmul(isa: str, packed: sagellm._core.quant.PackedMatrix, num_tok
     """
     Mean seconds of one matmul by one thread, without quantization of the activations.
     """
+def bias_gelu(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
+    ...
 def cpu_brand() -> str:
     """
     The processor's name for itself, or ''.
@@ -39,6 +41,8 @@ def cpu_features() -> list[str]:
 def gelu_tanh_mul(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def kv_write(isa: str, pool: numpy.typing.NDArray[numpy.uint16], block_table: numpy.typing.NDArray[numpy.int32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def layer_norm(isa: str, x: numpy.typing.NDArray[numpy.float32], weight: numpy.typing.NDArray[numpy.float32], bias: numpy.typing.NDArray[numpy.float32], eps: typing.SupportsFloat | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def matmul(isa: str, packed: sagellm._core.quant.PackedMatrix, x: numpy.typing.NDArray[numpy.float32], precision: str = 'a8', splits: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = []) -> numpy.typing.NDArray[numpy.float32]:
     """
@@ -61,6 +65,8 @@ def selected_isa() -> str:
 def silu_mul(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def softcap(isa: str, x: numpy.typing.NDArray[numpy.float32], cap: typing.SupportsFloat | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float32]:
+    ...
+def softmax(isa: str, x: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def sum_exp(isa: str, x: numpy.typing.NDArray[numpy.float32], max: typing.SupportsFloat | typing.SupportsIndex) -> float:
     ...

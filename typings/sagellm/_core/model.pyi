@@ -107,14 +107,20 @@ class Decoder:
         """
     def attach_kv(self, storage: sagellm._core.kv.KvStorage) -> None:
         ...
-    def step(self, token_ids: numpy.typing.NDArray[numpy.int32], positions: numpy.typing.NDArray[numpy.int32], query_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], block_copies: numpy.typing.NDArray[numpy.int32], logit_rows: numpy.typing.NDArray[numpy.int32], sampling: collections.abc.Sequence, return_logits: bool) -> tuple:
+    def step(self, token_ids: numpy.typing.NDArray[numpy.int32], positions: numpy.typing.NDArray[numpy.int32], query_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], block_copies: numpy.typing.NDArray[numpy.int32], logit_rows: numpy.typing.NDArray[numpy.int32], sampling: collections.abc.Sequence, return_logits: bool = False, return_hidden: bool = False) -> tuple:
         """
-        Runs one step; returns (rows, logits | None), rows being tuples (token_id, logprob | None, top_ids,
-        top_logprobs, error | None), one per entry of `sampling`.
+        Runs one step; returns (rows, logits | None, hidden | None). Rows are tuples (token_id,
+        logprob | None, top_ids, top_logprobs, error | None), one per entry of `sampling`.
+        Hidden states are those after the final norm.
         """
     @property
     def isa(self) -> str:
         ...
+    @property
+    def last_head_blocks(self) -> int:
+        """
+        Row blocks (of 16) of the output head that the last step computed.
+        """
     @property
     def num_threads(self) -> int:
         ...

@@ -15,7 +15,7 @@ class Limits:
         additive_penalty: Largest absolute presence or frequency penalty, in logits.
         logit_bias: Largest absolute bias, in logits.
         logit_bias_entries: Most biased tokens.
-        logprobs: Most alternatives reported per token.
+        logprobs: Most alternatives reported per token, of the output or of the prompt.
         n: Most completions of one prompt.
         seed: Largest seed (64 bits).
         token_id: Largest token id that any vocabulary can hold (signed 32 bits).
@@ -26,6 +26,10 @@ class Limits:
         cache_salt_chars: Longest cache salt, in characters.
         messages: Most turns in one conversation.
         schema_bytes: Longest JSON schema of a response format, as compact JSON in UTF-8.
+        grammar_bytes: Longest regular expression or Lark grammar of a response format, and most
+            text of all its choices together, in UTF-8.
+        choices: Most strings that a response format may choose from.
+        text_chars: Longest text that is turned into tokens, in characters.
         template_chars: Longest chat template, in characters.
         prompts_per_request: Most prompts in one HTTP request.
         tool_schemas: Most tools described in one request.
@@ -49,6 +53,9 @@ class Limits:
     cache_salt_chars: int = 256
     messages: int = 4096
     schema_bytes: int = 256 * 1024
+    grammar_bytes: int = 256 * 1024
+    choices: int = 1024
+    text_chars: int = 4 * 1024 * 1024
     template_chars: int = 64 * 1024
     prompts_per_request: int = 256
     tool_schemas: int = 128

@@ -18,30 +18,71 @@ Penalty = Annotated[float, Field(ge=-LIMITS.additive_penalty, le=LIMITS.additive
 
 
 class ResponseFormat(ProtocolModel):
-    """The form that the output must have.
+    """The form that the output must have. Each type but the first two has one field of its own.
+
+    A constrained output ends when its form is complete. It may be cut short by ``max_tokens`` and
+    by ``stop`` rules, and is then a prefix of something in that form.
 
     Attributes:
-        type: ``text`` is free, ``json_object`` any JSON object, ``json_schema`` a given schema.
+        type: ``text`` is free, ``json_object`` any JSON object, ``json_schema`` JSON of a given
+            schema, ``regex`` a full match of an expression, ``choice`` one of some strings,
+            ``lark`` a sentence of a context-free grammar.
         json_schema: The JSON schema itself; set if and only if ``type`` is ``json_schema``.
+        regex: A regular expression in the syntax of Rust's ``regex`` crate.
+        choices: The permitted outputs, exactly.
+        grammar: A grammar in llguidance's variant of the Lark syntax; its start rule is ``start``.
     """
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "regex", "choice", "lark"]
     json_schema: dict[str, Any] | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    choices: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=LIMITS.choices),
+        ]
+        | None
+    ) = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
-    def _check_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema must be set if and only if type is 'json_schema'")
-        if self.json_schema is not None:
-            check_finite(self.json_schema)
+    def _check_fields(self) -> Self:
+        for name, kind in _FIELD_OF_TYPE.items():
+            if (self.type == kind) != (getattr(self, name) is not None):
+                raise ValueError(f"{name} must be set if and only if type is '{kind}'")
+        self._check_schema()
+        for name, texts in (
+            ("regex", [self.regex or ""]),
+            ("choices", self.choices or []),
+            ("grammar", [self.grammar or ""]),
+        ):
             try:
-                text = json.dumps(self.json_schema, separators=(",", ":"), ensure_ascii=False)
-                size = len(text.encode())
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"json_schema is not JSON: {error}") from error
-            if size > LIMITS.schema_bytes:
-                raise ValueError(f"json_schema has {size} bytes; at most {LIMITS.schema_bytes}")
+                size = sum(len(text.encode()) for text in texts)
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} is not valid Unicode: lone surrogate") from error
+            if size > LIMITS.grammar_bytes:
+                raise ValueError(f"{name} has {size} bytes; at most {LIMITS.grammar_bytes}")
         return self
+
+    def _check_schema(self) -> None:
+        if self.json_schema is None:
+            return
+        check_finite(self.json_schema)
+        try:
+            text = json.dumps(self.json_schema, separators=(",", ":"), ensure_ascii=False)
+            size = len(text.encode())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"json_schema is not JSON: {error}") from error
+        if size > LIMITS.schema_bytes:
+            raise ValueError(f"json_schema has {size} bytes; at most {LIMITS.schema_bytes}")
+
+
+_FIELD_OF_TYPE = {
+    "json_schema": "json_schema",
+    "regex": "regex",
+    "choices": "choice",
+    "grammar": "lark",
+}
 
 
 class SamplingParams(ProtocolModel):
@@ -62,6 +103,12 @@ class SamplingParams(ProtocolModel):
         n: Independent completions of the prompt.
         ignore_eos: Generate on past the end-of-sequence token.
         response_format: Constrains the output's form.
+        prompt_logprobs: None for none; otherwise the log-probability of every prompt token but the
+            first, given the tokens before it, and this many alternatives.
+        skip_special_tokens: Leave control tokens out of the text. The token that ends the output
+            is never part of the text.
+        min_tokens: Until this many tokens are out, end-of-sequence and ``stop_token_ids`` are not
+            chosen, unless the ``response_format`` leaves nothing else. Stop strings still count.
     """
 
     top_k: Count = 0
@@ -79,3 +126,6 @@ class SamplingParams(ProtocolModel):
     n: Annotated[int, Field(ge=1, le=LIMITS.n)] = 1
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=LIMITS.logprobs)] | None = None
+    skip_special_tokens: bool = True
+    min_tokens: Count = 0

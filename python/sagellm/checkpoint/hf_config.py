@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sagellm.checkpoint.config import ModelConfig, RopeConfig
+from sagellm.checkpoint.encoder import ENCODER_TYPES
 from sagellm.checkpoint.fields import Fields
 from sagellm.checkpoint.gguf_config import MAX_LAYERS, pattern_windows
 from sagellm.checkpoint.rope import yarn_attention_factor
@@ -38,6 +39,11 @@ def config_from_hf(values: Mapping[str, Any], source: str, *, has_lm_head: bool)
     """
     fields = Fields(values, f"{source}/config.json")
     model_type = fields.text("model_type")
+    if model_type in ENCODER_TYPES:
+        raise UnsupportedError(
+            f"{source} is an encoder ({model_type}), which makes embeddings and scores, not text; "
+            "serve it with `sagellm serve`, or open it with sagellm.engine.embedding.load_embedder"
+        )
     if model_type not in MODEL_TYPES:
         raise UnsupportedError(
             f"{source}: model_type {model_type!r} is not supported; supported: "

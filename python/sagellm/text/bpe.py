@@ -109,7 +109,9 @@ class LibraryModel:
         """Segments text."""
         with self._lock:  # whether control tokens are read is a switch on the library's object
             self._tokenizer.encode_special_tokens = not parse_special
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            # A batch of one: unlike ``encode`` it lets other Python threads run meanwhile.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            ids: list[int] = encoding.ids
         return ids
 
     def piece(self, token_id: int) -> str:

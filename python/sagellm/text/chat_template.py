@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import nodes
+
 from sagellm.errors import InvalidArgumentError
 from sagellm.protocol import LIMITS
 from sagellm.text.metered_sandbox import MAX_VALUE_SIZE, MeteredEnvironment, metered
@@ -21,6 +23,9 @@ class ChatTemplate:
         source: The template.
         bos_token, eos_token: What the template's variables of these names hold.
 
+    Attributes:
+        source: The template's text.
+
     Raises:
         InvalidArgumentError: The template is too long or not valid.
     """
@@ -34,7 +39,13 @@ class ChatTemplate:
             self._template = MeteredEnvironment().from_string(source)
         except Exception as error:  # compiling untrusted code may fail in any way
             raise InvalidArgumentError(f"the chat template is not valid: {error}") from error
+        self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    def uses(self, variable: str) -> bool:
+        """Whether the template's code names a variable, such as ``tools``."""
+        names = MeteredEnvironment().parse(self.source).find_all(nodes.Name)
+        return any(name.name == variable for name in names)
 
     def render(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from sagellm.errors import InvalidArgumentError
+from sagellm.protocol import LIMITS
 
 
 class TokenModel(Protocol):
@@ -102,8 +103,12 @@ class Tokenizer:
                 begin token: use ``add_special=False``); never for text from a user.
 
         Raises:
-            InvalidArgumentError: The text holds lone surrogates.
+            InvalidArgumentError: The text holds lone surrogates, or is too long.
         """
+        if len(text) > LIMITS.text_chars:
+            raise InvalidArgumentError(
+                f"the text has {len(text)} characters; at most {LIMITS.text_chars}"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -30,6 +30,10 @@ class ResourceExhaustedError(SagellmError):
     """Memory, KV blocks or queue places ran out; the message names the knob to turn."""
 
 
+class QueueFullError(ResourceExhaustedError):
+    """The queue takes no more now; the same request may succeed a moment later."""
+
+
 class DeviceUnavailableError(SagellmError):
     """A device that was asked for cannot run here."""
 

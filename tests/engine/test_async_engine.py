@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,14 @@ from engine.support import (
 )
 from sagellm.backends.interface import ForwardBatch, SamplingRow, StepOutput
 from sagellm.backends.mock import MockRunner
+from sagellm.engine import thread as thread_module
 from sagellm.engine.async_engine import AsyncEngine
-from sagellm.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from sagellm.errors import (
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+    UnsupportedError,
+)
 from sagellm.protocol import ErrorCode, Request, StreamEventDelta, StreamEventEnd, StreamEventStart
 
 TIMEOUT = 30.0
@@ -41,12 +48,15 @@ class GatedRunner(MockRunner):
         sampling: tuple[SamplingRow, ...] = (),
         *,
         return_logits: bool = False,
+        return_hidden: bool = False,
     ) -> StepOutput:
         self.entered.set()
         assert self.gate.wait(TIMEOUT)
         if self.fatal:
             raise SystemExit("the device is gone")
-        return super().step(batch, sampling, return_logits=return_logits)
+        return super().step(
+            batch, sampling, return_logits=return_logits, return_hidden=return_hidden
+        )
 
 
 async def collect(
@@ -201,3 +211,166 @@ def test_one_engine_serves_loops_that_come_and_go() -> None:
     answers = [end(asyncio.run(collect(engine, request, [7]))).output_tokens for _ in range(3)]
     assert answers[0] == answers[1] == answers[2]
     asyncio.run(engine.close())
+
+
+# ------------------------------------------------------------------------------ output streams
+
+
+def test_an_output_stream_gives_every_output_and_ends() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(make_engine())
+        request = make_request(max_tokens=12, ignore_eos=True, stream=True, n=2, prompt_logprobs=0)
+        prompt = random_prompt(5, 20)
+        stream = await engine.start(request, prompt)
+        assert stream.num_prompt_tokens == 20
+        outputs = [output async for output in stream]
+        assert {output.key for output in outputs} == {stream.key}
+        assert [o.request_finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert [o.prompt_logprobs is not None for o in outputs] == [True] + [False] * (
+            len(outputs) - 1
+        )
+        for index in range(2):
+            mine = [o for o in outputs if o.index == index]
+            tokens = [t for o in mine for t in o.token_ids]
+            assert len(tokens) == 12
+            final = mine[-1].finished
+            assert final is not None
+            assert final.token_ids == tokens
+            assert "".join(o.text for o in mine) == final.text
+        stream.cancel()
+        assert [output async for output in stream] == []
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_cancelling_a_stream_ends_it_and_frees_its_blocks() -> None:
+    async def main() -> None:
+        runner = GatedRunner()
+        engine = AsyncEngine(make_engine(runner))
+        request = make_request(max_tokens=3000, ignore_eos=True, stream=True)
+        stream = await engine.start(request, [1])
+        await anext(stream)
+        runner.gate.clear()
+
+        async def drain() -> int:
+            return len([output async for output in stream])
+
+        reader = asyncio.create_task(drain())
+        await asyncio.sleep(0)
+        stream.cancel()
+        await stream.aclose()  # again, without effect
+        await asyncio.wait_for(reader, TIMEOUT)
+        runner.gate.set()
+        stats = await engine.stats()
+        assert stats.num_running == 0
+        assert stats.kv.free_blocks == stats.kv.num_blocks
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_is_cancelled_may_read_on() -> None:
+    async def main() -> None:
+        runner = GatedRunner()
+        engine = AsyncEngine(make_engine(runner))
+        runner.gate.clear()
+        stream = await engine.start(make_request(max_tokens=5, ignore_eos=True), [1])
+        reader = asyncio.create_task(anext(stream))
+        await asyncio.to_thread(runner.entered.wait, TIMEOUT)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        runner.gate.set()
+        outputs = [output async for output in stream]
+        assert outputs[-1].finished is not None
+        assert len(outputs[-1].finished.token_ids) == 5
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_bad_grammar_is_refused_and_a_good_one_is_followed() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(make_engine())
+        with pytest.raises(InvalidArgumentError, match="unclosed"):
+            await engine.start(make_request(response_format={"type": "regex", "regex": "("}), [1])
+        request = make_request(response_format={"type": "choice", "choices": ["north"]})
+        assert end(await collect(engine, request, [1])).output_text == "north"
+        await engine.close()
+        with pytest.raises(UnavailableError):
+            await engine.start(request, [1])
+
+    asyncio.run(main())
+
+
+# ---------------------------------------------------------------------------- drain and progress
+
+
+def test_draining_refuses_requests_and_finishes_those_at_hand() -> None:
+    async def main() -> None:
+        runner = GatedRunner()
+        engine = AsyncEngine(make_engine(runner))
+        runner.gate.clear()
+        request = make_request(max_tokens=20, ignore_eos=True)
+        stream = await engine.start(request, [1])
+        engine.begin_drain()
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await engine.start(request, [2])
+        assert engine.is_alive
+        runner.gate.set()
+        outputs = [output async for output in stream]
+        assert outputs[-1].finished is not None
+        assert len(outputs[-1].finished.token_ids) == 20
+        assert (await engine.stats()).num_running == 0  # still answers
+        assert await engine.close() == 0
+
+    asyncio.run(main())
+
+
+def test_a_hanging_step_shows_as_work_without_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(thread_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def main() -> None:
+        runner = GatedRunner()
+        engine = AsyncEngine(make_engine(runner))
+        await engine.stats()
+        now[0] += 500.0  # idle for long
+        while engine.progress().has_work:
+            await asyncio.sleep(0)
+        assert engine.progress().seconds_since_progress == 0.0
+
+        runner.gate.clear()
+        stream = await engine.start(make_request(max_tokens=3, ignore_eos=True), [1])
+        assert engine.progress().seconds_since_progress == 0.0  # the idle time does not count
+        await asyncio.to_thread(runner.entered.wait, TIMEOUT)
+        for waited in (10.0, 60.0):
+            now[0] = 1500.0 + waited
+            progress = engine.progress()
+            assert progress.has_work
+            assert progress.seconds_since_progress == waited
+        assert progress.num_steps == engine.num_steps == 0
+        runner.gate.set()
+        assert [o async for o in stream]
+        await engine.stats()
+        assert engine.num_steps == 3
+        assert engine.progress().seconds_since_progress == 0.0
+        await engine.close()
+        assert not engine.progress().has_work
+
+    asyncio.run(main())
+
+
+def test_call_runs_between_steps_and_passes_errors_on() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(make_engine())
+        name = await engine.call(lambda: threading.current_thread().name)
+        assert name == "sagellm-engine"
+        with pytest.raises(InvalidArgumentError, match="vocabulary"):
+            await engine.call(lambda: engine.engine.logits([-1]))
+        with pytest.raises(UnsupportedError, match="hidden states"):
+            await engine.call(lambda: engine.engine.hidden([1]))
+        await engine.close()
+
+    asyncio.run(main())

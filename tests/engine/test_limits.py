@@ -13,7 +13,7 @@ from engine.support import make_engine, make_request
 from sagellm.backends.mock import MockRunner
 from sagellm.engine.config import EngineConfig
 from sagellm.engine.memory import available_memory, blocks_needed, resolve_kv_plan, tokens_that_fit
-from sagellm.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
+from sagellm.errors import InvalidArgumentError, ResourceExhaustedError
 from sagellm.kv import KvGroup
 from sagellm.protocol import SamplingParams
 
@@ -163,10 +163,28 @@ def test_sampling_values_that_went_around_pydantic_are_refused(field: str, value
         make_engine().add_request(request, [1])
 
 
-def test_kv_budget_below_the_prompt_and_missing_features_are_named() -> None:
+def test_kv_budget_below_the_prompt_is_named() -> None:
     engine = make_engine()
     with pytest.raises(ResourceExhaustedError, match=r"kv_budget_tokens is 5.*takes 6"):
         engine.add_request(make_request(max_tokens=1, kv_budget_tokens=5), [1] * 6)
-    request = make_request(max_tokens=1, response_format={"type": "json_object"})
-    with pytest.raises(UnsupportedError, match="json_object"):
-        engine.add_request(request, [1])
+
+
+def test_max_output_tokens_is_the_most_that_is_served() -> None:
+    for options in ({"max_model_len": 100}, {"kv_cache_tokens": 64}):
+        engine = make_engine(**options)
+        for length in (1, 20, 63):
+            most = engine.capacity.max_output_tokens(length)
+            assert most > 0
+            engine.cancel(engine.add_request(make_request(max_tokens=most), [1] * length))
+            state = engine.prepare(make_request(max_tokens=most), [1] * length)
+            assert state.sequences[0].max_length == length + most
+        if "kv_cache_tokens" in options:
+            with pytest.raises(ResourceExhaustedError):
+                engine.prepare(make_request(max_tokens=most + 1), [1] * length)
+        assert engine.capacity.max_output_tokens(1000) == 0
+        assert engine.capacity.max_output_tokens(20, n=8) == engine.capacity.max_output_tokens(20)
+
+
+def test_min_tokens_above_max_tokens_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="min_tokens is 5"):
+        make_engine().add_request(make_request(max_tokens=4, min_tokens=5), [1])

@@ -139,10 +139,13 @@ class InterruptingRunner(MockRunner):
         sampling: tuple[SamplingRow, ...] = (),
         *,
         return_logits: bool = False,
+        return_hidden: bool = False,
     ) -> StepOutput:
         if self.num_steps == 2:
             _thread.interrupt_main()
-        return super().step(batch, sampling, return_logits=return_logits)
+        return super().step(
+            batch, sampling, return_logits=return_logits, return_hidden=return_hidden
+        )
 
 
 def test_interrupt_cancels_what_runs_and_leaves_the_engine_usable() -> None:

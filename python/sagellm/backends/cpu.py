@@ -120,6 +120,11 @@ class CpuRunner:
             "workspace": int(self._decoder.workspace_bytes),
         }
 
+    @property
+    def kv_dtype(self) -> str:
+        """``bf16``."""
+        return "bf16"
+
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one KV block of ``block_size`` tokens (bf16)."""
         slots = max(len(group.layers) for group in self._groups)
@@ -152,9 +157,10 @@ class CpuRunner:
         sampling: tuple[SamplingRow, ...] = (),
         *,
         return_logits: bool = False,
+        return_hidden: bool = False,
     ) -> StepOutput:
         """Runs one forward pass in one native call; see ``ModelRunner.step``."""
-        rows, logits = self._decoder.step(
+        rows, logits, hidden = self._decoder.step(
             batch.token_ids,
             batch.positions,
             batch.query_starts,
@@ -163,8 +169,9 @@ class CpuRunner:
             batch.logit_rows,
             sampling,
             return_logits,
+            return_hidden,
         )
-        return StepOutput(rows=tuple(_sampled(rows)), logits=logits)
+        return StepOutput(rows=tuple(_sampled(rows)), logits=logits, hidden=hidden)
 
     def close(self) -> None:
         """Frees weights and KV pages; the runner is unusable afterwards."""

@@ -54,12 +54,15 @@ class SamplingRow:
        being the index of the token drawn. The first id whose cumulative weight exceeds u * total
        is taken.
 
+    ``forced_token`` skips all of this: the row reports that token, with its log-probability.
+
     Log-probabilities are those of the raw logits (before step 1), natural logarithm.
 
     Attributes:
         num_logprobs: -1 none; 0 the chosen token's only; n > 0 also the n most likely (ties: lowest
         id).
         history: May be None when no penalty needs it.
+        forced_token: -1, or the token to report instead of choosing one.
     """
 
     temperature: float = 0.0
@@ -77,6 +80,7 @@ class SamplingRow:
     seed: int = 0
     position: int = 0
     num_logprobs: int = -1
+    forced_token: int = -1
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: built for every token
@@ -97,10 +101,13 @@ class StepOutput:
     Attributes:
         rows: One per logit row; empty when no sampling was asked.
         logits: ``[R, vocab]`` float32 when asked for.
+        hidden: ``[R, hidden]`` float32 when asked for: what the output head reads, after the final
+            norm.
     """
 
     rows: tuple[SampledRow, ...] = ()
     logits: NDArray[np.float32] | None = None
+    hidden: NDArray[np.float32] | None = None
 
 
 class ModelRunner(Protocol):
@@ -122,6 +129,10 @@ class ModelRunner(Protocol):
     def memory(self) -> dict[str, int]:
         """Ledger of bytes: ``weights``, ``kv``, ``workspace``."""
 
+    @property
+    def kv_dtype(self) -> str:
+        """What keys and values are stored as, such as ``bf16`` or ``float32``."""
+
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one KV block of ``block_size`` tokens."""
 
@@ -136,8 +147,13 @@ class ModelRunner(Protocol):
         sampling: tuple[SamplingRow, ...] = (),
         *,
         return_logits: bool = False,
+        return_hidden: bool = False,
     ) -> StepOutput:
-        """Runs one forward pass. ``sampling`` is empty or has one entry per logit row."""
+        """Runs one forward pass. ``sampling`` is empty or has one entry per logit row.
+
+        Raises:
+            UnsupportedError: ``return_hidden`` on a device without hidden states.
+        """
 
     def close(self) -> None:
         """Frees device memory; the runner is unusable afterwards."""

@@ -15,7 +15,7 @@ import numpy as np
 from sagellm.backends.interface import ForwardBatch, SamplingRow, StepOutput
 from sagellm.backends.numpy_sampler import sample_rows
 from sagellm.checkpoint.config import ModelConfig, RopeConfig
-from sagellm.errors import InvalidArgumentError
+from sagellm.errors import InvalidArgumentError, UnsupportedError
 from sagellm.kv import create_kv_cache
 from sagellm.kv.interface import KvGroup
 
@@ -122,6 +122,11 @@ class MockRunner:
         """Ledger of bytes."""
         return {"weights": 0, "kv": self._pages.nbytes, "workspace": 0}
 
+    @property
+    def kv_dtype(self) -> str:
+        """``int64``."""
+        return "int64"
+
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Two int64 per token."""
         return 16 * block_size
@@ -146,13 +151,17 @@ class MockRunner:
         sampling: tuple[SamplingRow, ...] = (),
         *,
         return_logits: bool = False,
+        return_hidden: bool = False,
     ) -> StepOutput:
         """Writes the tokens, reads the past back, and draws from hashed logits.
 
         Raises:
             InvalidArgumentError: A malformed batch.
+            UnsupportedError: ``return_hidden``: there are none.
             RuntimeError: An injected failure, or a page that does not hold what its table promises.
         """
+        if return_hidden:
+            raise UnsupportedError("device mock has no hidden states; use a real model")
         number = self.num_steps
         self.num_steps += 1
         self.largest_batch = max(self.largest_batch, len(batch.query_starts) - 1)

@@ -47,6 +47,8 @@ def _sample_row(logits: NDArray[np.float32], row: SamplingRow) -> SampledRow:
     _validate(row, logits.size)
     if not np.isfinite(logits).all():
         return SampledRow(token_id=-1, error="logits are not finite")
+    if row.forced_token >= 0:
+        return _report(logits, row, row.forced_token)
     adjusted = _adjust(logits.astype(np.float32), row)
     largest = float(adjusted.max())
     if largest == -np.inf:
@@ -54,6 +56,11 @@ def _sample_row(logits: NDArray[np.float32], row: SamplingRow) -> SampledRow:
     if not np.isfinite(largest):
         return SampledRow(token_id=-1, error="logits are not finite after bias and penalties")
     token_id = int(adjusted.argmax()) if row.temperature == 0 else _draw(adjusted, row)
+    return _report(logits, row, token_id)
+
+
+def _report(logits: NDArray[np.float32], row: SamplingRow, token_id: int) -> SampledRow:
+    """The row of a token, with the log-probabilities that were asked for."""
     if row.num_logprobs < 0:
         return SampledRow(token_id=token_id)
     raw = logits.astype(np.float64)
@@ -126,6 +133,7 @@ def _validate(row: SamplingRow, vocab: int) -> None:
         ("presence_penalty", np.isfinite(row.presence_penalty), "finite"),
         ("frequency_penalty", np.isfinite(row.frequency_penalty), "finite"),
         ("num_logprobs", row.num_logprobs >= -1, ">= -1"),
+        ("forced_token", -1 <= row.forced_token < vocab, f"-1 or in [0, {vocab})"),
         ("prompt_length", row.prompt_length >= 0, ">= 0"),
     )
     for name, ok, rule in checks:

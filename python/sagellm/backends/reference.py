@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm.backends.array_ops import Array, ArrayNamespace, ArrayOps
-from sagellm.backends.interface import ForwardBatch, SamplingRow, StepOutput
+from sagellm.backends.interface import ForwardBatch, SampledRow, SamplingRow, StepOutput
 from sagellm.backends.npu_attention import choose_paged_attention, pages_refusal
 from sagellm.backends.numpy_sampler import sample_rows
 from sagellm.checkpoint.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from sagellm.kv import KvCache, KvGroup, create_kv_cache, plan_kv_groups
 logger = logging.getLogger(__name__)
 
 _QUERY_TILE = 256  # query tokens scored at once; bounds the score matrix
+_HEAD_TILE = 64  # rows of logits at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +127,11 @@ class ReferenceRunner:
         """Bytes held, by purpose."""
         return dict(self._memory)
 
+    @property
+    def kv_dtype(self) -> str:
+        """``float32``, unless a device's own attention reads another type."""
+        return "float32" if self._kv_dtype is None else str(self._kv_dtype).rpartition(".")[2]
+
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one KV block of ``block_size`` tokens."""
         row = self._config.num_kv_heads * self._config.head_dim
@@ -175,6 +181,7 @@ class ReferenceRunner:
         sampling: tuple[SamplingRow, ...] = (),
         *,
         return_logits: bool = False,
+        return_hidden: bool = False,
     ) -> StepOutput:
         """Runs one forward pass; see ``ModelRunner.step``.
 
@@ -185,10 +192,22 @@ class ReferenceRunner:
         for source, target in batch.block_copies.tolist():
             self._keys[:, target] = self._keys[:, source]
             self._values[:, target] = self._values[:, source]
-        logits = self._forward(batch)
+        hidden = self._forward(batch)
+        parts: list[NDArray[np.float32]] = []
+        rows: list[SampledRow] = []
+        for first in range(
+            0, len(batch.logit_rows) if sampling or return_logits else 0, _HEAD_TILE
+        ):
+            tile = slice(first, first + _HEAD_TILE)
+            logits = self._head(hidden[tile])
+            if sampling:
+                rows += sample_rows(logits, sampling[tile])
+            if return_logits:
+                parts.append(logits)
         return StepOutput(
-            rows=tuple(sample_rows(logits, sampling)) if sampling else (),
-            logits=logits if return_logits else None,
+            rows=tuple(rows),
+            logits=np.concatenate(parts) if parts else None,
+            hidden=self._ops.numpy(hidden) if return_hidden else None,
         )
 
     def close(self) -> None:
@@ -219,8 +238,16 @@ class ReferenceRunner:
             for index, window in enumerate(self._config.layer_windows)
         )
 
-    def _forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
-        """Logits ``[R, vocab]`` of the wanted rows; writes keys and values of all T tokens."""
+    def _head(self, hidden: Array) -> NDArray[np.float32]:
+        """Logits ``[rows, vocab]``."""
+        ops = self._ops
+        return ops.numpy(ops.softcap(ops.linear(hidden, self._lm_head), self._config.final_softcap))
+
+    def _forward(self, batch: ForwardBatch) -> Array:
+        """The wanted rows ``[R, hidden]`` after the final norm.
+
+        Writes keys and values of all T tokens.
+        """
         ops, config = self._ops, self._config
         rotations = [self._rotation(rope, batch.positions) for rope in self._ropes]
         # Where each token's keys and values go, by group: block ids and offsets, [T] each.
@@ -242,8 +269,7 @@ class ReferenceRunner:
             if config.post_norms:
                 h = ops.rms_norm(h, w["ffn_post_norm"], config.norm_eps)
             x = x + h
-        rows = ops.rms_norm(x[ops.indices(batch.logit_rows)], self._final_norm, config.norm_eps)
-        return ops.numpy(ops.softcap(ops.linear(rows, self._lm_head), config.final_softcap))
+        return ops.rms_norm(x[ops.indices(batch.logit_rows)], self._final_norm, config.norm_eps)
 
     def _attention(
         self,

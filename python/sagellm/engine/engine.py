@@ -17,33 +17,43 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from sagellm.backends.interface import ForwardBatch
 from sagellm.engine.config import EngineConfig
+from sagellm.engine.grammar import GrammarCompiler
 from sagellm.engine.memory import peak_memory_mb, resolve_kv_plan
-from sagellm.engine.output import Finished, OutputText, SequenceOutput, measure
-from sagellm.engine.request import Failure, RequestState, Sequence, Status, salt_of
+from sagellm.engine.output import Finished, OutputText, SequenceOutput, measure, stages
+from sagellm.engine.positions import Wanted, read_positions
+from sagellm.engine.request import (
+    Failure,
+    PromptScores,
+    RequestState,
+    Sequence,
+    Status,
+    salt_of,
+)
 from sagellm.engine.sampling import Sampling, derive_seed, mix
 from sagellm.engine.scheduler import Scheduler
 from sagellm.engine.step import StepPlan, build_batch
 from sagellm.engine.validation import Capacity, check_token_ids, validate_request
-from sagellm.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
+from sagellm.errors import (
+    InvalidArgumentError,
+    QueueFullError,
+    UnsupportedError,
+)
 from sagellm.protocol import ErrorCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from sagellm.backends.interface import ModelRunner, SampledRow, StepOutput
+    from sagellm.engine.grammar import SequenceGrammar
     from sagellm.kv.interface import KvStats
     from sagellm.protocol import FinishReason, Request
     from sagellm.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_MAX_LOGIT_ROWS = 128  # of one step when every row's logits are wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +122,7 @@ class Engine:
             num_blocks=plan.num_blocks,
             chunk_tokens=self.config.chunk_tokens,
         )
+        self._grammars = GrammarCompiler(tokenizer, self.capacity.vocab_size)
         self.num_steps = 0
         self._num_failed_steps = 0
         self._is_closed = False
@@ -157,6 +168,8 @@ class Engine:
             prompt_token_ids = self.encode_prompt(request)
         prompt = check_token_ids(prompt_token_ids, self.capacity.vocab_size)
         length = validate_request(request, len(prompt), self.capacity)
+        form = request.sampling.response_format
+        grammar = None if form is None else self._grammars.compile(form)
         key = next(self._keys)
         state = RequestState(
             key=key,
@@ -166,33 +179,60 @@ class Engine:
         )
         if request.deadline_ms is not None:
             state.deadline = queued_at + request.deadline_ms / 1000.0
-        seed = request.sampling.seed
-        if seed is None:
-            seed = mix(mix(self.config.seed) + key)
         state.sequences = tuple(
-            Sequence(
-                sequence_id=next(self._sequence_ids),
-                state=state,
-                index=index,
-                order=(request.priority, key, index),
-                prompt=prompt,
-                max_length=length,
-                sampling=Sampling(request, derive_seed(seed, index), len(prompt)),
-                text=OutputText(request, self.tokenizer),
-            )
+            self._new_sequence(state, index, prompt, length, grammar)
             for index in range(request.sampling.n)
         )
-        state.sequences[0].children = state.sequences[1:]
+        first = state.sequences[0]
+        first.children = state.sequences[1:]
         state.num_unfinished = len(state.sequences)
+        if request.sampling.prompt_logprobs is not None:
+            state.scores = first.scores = PromptScores(
+                num_logprobs=request.sampling.prompt_logprobs, prompt_length=len(prompt)
+            )
         return state
 
-    def add(self, state: RequestState) -> int:
+    def _new_sequence(
+        self,
+        state: RequestState,
+        index: int,
+        prompt: NDArray[np.int32],
+        max_length: int,
+        grammar: SequenceGrammar | None,
+    ) -> Sequence:
+        request, text = state.request, OutputText(state.request, self.tokenizer)
+        seed = request.sampling.seed
+        if seed is None:
+            seed = mix(mix(self.config.seed) + state.key)
+        return Sequence(
+            sequence_id=next(self._sequence_ids),
+            state=state,
+            index=index,
+            order=(request.priority, state.key, index),
+            prompt=prompt,
+            max_length=max_length,
+            sampling=Sampling(
+                request,
+                derive_seed(seed, index),
+                len(prompt),
+                vocab_size=self.capacity.vocab_size,
+                end_ids=text.stop_ids,
+                grammar=None if grammar is None else grammar.copy(),
+            ),
+            text=text,
+        )
+
+    def add(self, state: RequestState, *, has_place: bool = False) -> int:
         """Queues a prepared request and returns its key.
+
+        Args:
+            state: From ``prepare``.
+            has_place: The caller has counted already and keeps a place in the queue for it.
 
         Raises:
             ResourceExhaustedError: The queue is full.
         """
-        if self._scheduler.num_waiting >= self.config.max_queue:
+        if not has_place and self._scheduler.num_waiting >= self.config.max_queue:
             raise queue_full(self.config.max_queue)
         self._states[state.key] = state
         self._scheduler.add(state)
@@ -318,7 +358,7 @@ class Engine:
             if sequence.status is not Status.RUNNING:
                 continue  # another completion of its request failed
             if row.error is not None:
-                self._fail(sequence.state, _bad_row(row.error), outputs)
+                self._fail(sequence.state, _bad_row(sequence, row.error), outputs)
                 continue
             try:
                 reason = _accept(sequence, row, now)
@@ -328,6 +368,9 @@ class Engine:
                     text = sequence.text.take()
                     if text:
                         outputs.append(_output(sequence, text))
+            except InvalidArgumentError as error:  # such as a grammar that outgrows its limits
+                logger.warning("request %d cannot go on: %s", sequence.state.key, error)
+                self._fail(sequence.state, Failure.from_exception(error), outputs)
             except Exception as error:
                 logger.exception("the output of request %d failed", sequence.state.key)
                 self._fail(sequence.state, Failure.from_exception(error), outputs)
@@ -369,6 +412,9 @@ class Engine:
                 peak_mem_mb=peak_memory_mb(),
                 caching=self.config.enable_prefix_caching,
             ),
+            timestamps=stages(sequence),
+            matched_stop=None if failure is not None else sequence.matched_stop,
+            prompt_logprobs=_scored(sequence.state),
         )
         outputs.append(_output(sequence, sequence.text.take(), finished))
 
@@ -391,7 +437,7 @@ class Engine:
         for state in involved or states:
             self._fail(state, failure, outputs)
 
-    # -------------------------------------------------------------------------------- logits
+    # ------------------------------------------------------------------- every position at once
 
     def logits(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
         """Logits of every position, computed through ordinary paged steps.
@@ -406,50 +452,37 @@ class Engine:
             InvalidArgumentError: Empty, outside the vocabulary, or too long.
             ResourceExhaustedError: The KV pool has no room for them now.
         """
+        return self._positions(token_ids, "logits")
+
+    def hidden(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
+        """Hidden states of every position after the final norm, through ordinary paged steps.
+
+        Args:
+            token_ids: One sequence, at most ``max_model_len`` tokens.
+
+        Returns:
+            ``[tokens, hidden]`` float32.
+
+        Raises:
+            InvalidArgumentError: Empty, outside the vocabulary, or too long.
+            ResourceExhaustedError: The KV pool has no room for them now.
+            UnsupportedError: The device has no hidden states.
+        """
+        return self._positions(token_ids, "hidden")
+
+    def _positions(self, token_ids: Iterable[int], wanted: Wanted) -> NDArray[np.float32]:
         tokens = check_token_ids(token_ids, self.capacity.vocab_size)
         if len(tokens) > self.capacity.max_model_len:
             raise InvalidArgumentError(
                 f"{len(tokens)} tokens are more than max_model_len ({self.capacity.max_model_len})"
             )
-        parts: list[NDArray[np.float32]] = []
-        sequence_id = next(self._sequence_ids)
-        self.kv.add(sequence_id)
-        try:
-            chunk = min(self.config.chunk_tokens, _MAX_LOGIT_ROWS)
-            for start in range(0, len(tokens), chunk):
-                stop = min(start + chunk, len(tokens))
-                parts.append(self._logits_of_chunk(sequence_id, tokens, start, stop))
-        finally:
-            self.kv.release(sequence_id)
-        return np.concatenate(parts)
-
-    def _logits_of_chunk(
-        self, sequence_id: int, tokens: NDArray[np.int32], start: int, stop: int
-    ) -> NDArray[np.float32]:
-        if not self.kv.reserve(sequence_id, stop):
-            raise ResourceExhaustedError(
-                f"the KV pool has no room for {stop} tokens now; wait for other requests, or raise "
-                "kv_cache_gb"
-            )
-        count = stop - start
-        batch = ForwardBatch(
-            token_ids=tokens[start:stop],
-            positions=np.arange(start, stop, dtype=np.int32),
-            query_starts=np.array([0, count], dtype=np.int32),
-            block_tables=self.kv.block_tables([sequence_id]),
-            block_copies=self.kv.take_copies(),
-            logit_rows=np.arange(count, dtype=np.int32),
-        )
-        logits = self.runner.step(batch, return_logits=True).logits
-        if logits is None:
-            raise UnsupportedError(f"device {self.runner.device} does not return logits")
-        self.kv.commit(sequence_id, tokens, stop)
-        return logits
+        chunk = self.config.chunk_tokens
+        return read_positions(self.runner, self.kv, next(self._sequence_ids), tokens, chunk, wanted)
 
 
-def queue_full(max_queue: int) -> ResourceExhaustedError:
+def queue_full(max_queue: int) -> QueueFullError:
     """The error of a queue that takes no more."""
-    return ResourceExhaustedError(
+    return QueueFullError(
         f"{max_queue} requests are waiting already; try again later, or raise max_queue"
     )
 
@@ -467,7 +500,12 @@ def _accept(sequence: Sequence, row: SampledRow, now: float) -> FinishReason | N
     if token_id in text.stop_ids:
         text.finish()
         return "stop"
+    grammar = sequence.sampling.grammar
+    is_complete = grammar is not None and grammar.accept(token_id)
     if text.push(token_id):
+        return "stop"
+    if is_complete:
+        text.finish()
         return "stop"
     if sequence.num_tokens >= sequence.max_length:
         return "stop" if text.finish() else "length"
@@ -477,6 +515,10 @@ def _accept(sequence: Sequence, row: SampledRow, now: float) -> FinishReason | N
 def _output(sequence: Sequence, text: str, finished: Finished | None = None) -> SequenceOutput:
     sent = sequence.num_sent_tokens
     sequence.num_sent_tokens = len(sequence.output_tokens)
+    scores, prompt_logprobs = sequence.state.scores, None
+    if scores is not None and not scores.is_sent:
+        scores.is_sent = True
+        prompt_logprobs = _scored(sequence.state)
     return SequenceOutput(
         key=sequence.state.key,
         request=sequence.state.request,
@@ -488,10 +530,23 @@ def _output(sequence: Sequence, text: str, finished: Finished | None = None) -> 
         num_cached_tokens=sequence.num_cached,
         finished=finished,
         request_finished=finished is not None and sequence.state.num_unfinished == 0,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
-def _bad_row(error: str) -> Failure:
+def _scored(state: RequestState) -> list[SampledRow | None] | None:
+    """The prompt's log-probabilities, if they were asked for and are all there."""
+    return state.scores.rows if state.scores is not None and state.scores.is_complete else None
+
+
+def _bad_row(sequence: Sequence, error: str) -> Failure:
+    grammar = sequence.sampling.grammar
+    if grammar is not None and grammar.error is not None:
+        return Failure(
+            code=ErrorCode.INVALID_ARGUMENT,
+            message=f"the response_format cannot be followed: {grammar.error}",
+            retryable=False,
+        )
     return Failure(
         code=ErrorCode.UNAVAILABLE,
         message=(

@@ -164,11 +164,15 @@ def available_memory(root: Path = Path("/")) -> int:
     return page * pages // 2  # no /proc (macOS): count half of the memory as free
 
 
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory_mb() -> int:
     """Largest resident set of this process so far, in MB (rounded up)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return -(-peak * unit // 1_000_000)
+    return -(-peak_memory_bytes() // 1_000_000)
 
 
 def _meminfo_available(root: Path) -> int | None:

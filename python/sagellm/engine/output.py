@@ -11,6 +11,7 @@ from sagellm.protocol import (
     Response,
     StreamEventDelta,
     StreamEventEnd,
+    Timestamps,
     TokenLogprobs,
 )
 from sagellm.text import IncrementalDetokenizer, StopStrings
@@ -25,19 +26,27 @@ if TYPE_CHECKING:
 class OutputText:
     """The text of one sequence as its tokens arrive."""
 
-    __slots__ = ("_detokenizer", "_parts", "_sent_parts", "_stops", "stop_ids")
+    __slots__ = ("_detokenizer", "_named_ids", "_parts", "_sent_parts", "_stops", "stop_ids")
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         """Prepares for a request's stop rules.
 
         Args:
-            request: Its ``sampling`` gives stop strings and ids and ``ignore_eos``.
+            request: Its ``sampling`` gives stop strings and ids, ``ignore_eos``, and whether
+                control tokens show.
             tokenizer: Gives text and end-of-generation ids.
         """
         params = request.sampling
         ends = frozenset() if params.ignore_eos else tokenizer.eos_ids
-        self.stop_ids = ends | frozenset(params.stop_token_ids)
-        self._detokenizer = IncrementalDetokenizer(tokenizer, continuation=request.messages is None)
+        self._named_ids = frozenset(params.stop_token_ids)
+        self.stop_ids = ends | self._named_ids
+        # A response format describes every byte of the text, a leading space too.
+        exact = params.response_format is not None and params.response_format.type != "text"
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            skip_special=params.skip_special_tokens,
+            continuation=exact or request.messages is None,
+        )
         self._stops = StopStrings(params.stop) if params.stop else None
         self._parts: list[str] = []
         self._sent_parts = 0
@@ -65,6 +74,12 @@ class OutputText:
             self._parts.append(held)
         return stopped
 
+    def matched_stop(self, last_token: int | None) -> str | int | None:
+        """The stop string, or the stop token that the request named, that ended the text."""
+        if self._stops is not None and self._stops.matched is not None:
+            return self._stops.matched
+        return last_token if last_token in self._named_ids else None
+
     def _pass(self, stops: StopStrings, piece: str) -> bool:
         safe = stops.push(piece)
         if safe:
@@ -86,7 +101,13 @@ class OutputText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """How a sequence ended; ``metrics`` holds the fields of ``Metrics``."""
+    """How a sequence ended, and all of its output.
+
+    Attributes:
+        timestamps: None if it ended without a token.
+        matched_stop: The stop string or named stop token that ended it, if one did.
+        prompt_logprobs: As in the request's first output.
+    """
 
     reason: FinishReason
     text: str
@@ -94,6 +115,9 @@ class Finished:
     logprobs: list[SampledRow]
     failure: Failure | None
     metrics: Metrics
+    timestamps: Timestamps | None = None
+    matched_stop: str | int | None = None
+    prompt_logprobs: list[SampledRow | None] | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: made for every streamed token
@@ -107,6 +131,8 @@ class SequenceOutput:
         num_prompt_tokens, num_cached_tokens: Length of the prompt, and how much was cached.
         finished: Set on the last output of the sequence.
         request_finished: This was the last output of the whole request.
+        prompt_logprobs: One entry per prompt token, None for the first; on the first output of a
+            request that asked for them.
     """
 
     key: int
@@ -119,6 +145,7 @@ class SequenceOutput:
     num_cached_tokens: int = 0
     finished: Finished | None = None
     request_finished: bool = False
+    prompt_logprobs: list[SampledRow | None] | None = None
 
 
 def delta_of(output: SequenceOutput) -> StreamEventDelta | None:
@@ -156,6 +183,15 @@ def response_of(output: SequenceOutput) -> Response:
         error=None if finished.failure is None else error_of(finished.failure),
         index=output.index,
         logprobs=_logprobs(request, finished.logprobs),
+        prompt_logprobs=(
+            None
+            if finished.prompt_logprobs is None
+            else [None if row is None else _token_logprobs(row) for row in finished.prompt_logprobs]
+        ),
+        prompt_tokens=output.num_prompt_tokens,
+        cached_tokens=output.num_cached_tokens,
+        timestamps=finished.timestamps,
+        matched_stop=finished.matched_stop,
     )
 
 
@@ -167,15 +203,29 @@ def error_of(failure: Failure) -> Error:
 def _logprobs(request: Request, rows: list[SampledRow]) -> list[TokenLogprobs] | None:
     if request.sampling.logprobs is None:
         return None
-    return [
-        TokenLogprobs(
-            token_id=row.token_id,
-            logprob=0.0 if row.logprob is None else row.logprob,
-            top_ids=list(row.top_ids),
-            top_logprobs=list(row.top_logprobs),
-        )
-        for row in rows
-    ]
+    return [_token_logprobs(row) for row in rows]
+
+
+def _token_logprobs(row: SampledRow) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_id=row.token_id,
+        logprob=0.0 if row.logprob is None else row.logprob,
+        top_ids=list(row.top_ids),
+        top_logprobs=list(row.top_logprobs),
+    )
+
+
+def stages(sequence: Sequence) -> Timestamps | None:
+    """When a sequence passed each stage; None without a token."""
+    state, first, last = sequence.state, sequence.first_token_at, sequence.last_token_at
+    if state.scheduled_at is None or first is None or last is None:
+        return None
+    return Timestamps(
+        queued_at=state.queued_at,
+        scheduled_at=state.scheduled_at,
+        executed_at=first,
+        completed_at=last,
+    )
 
 
 def measure(

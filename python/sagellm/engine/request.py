@@ -78,6 +78,7 @@ class RequestState:
         queued_at, scheduled_at: Unix seconds; ``scheduled_at`` is None until first admitted.
         deadline: Unix seconds after which the request fails, or None.
         num_unfinished: Sequences without an answer yet.
+        scores: What the request asked to know of its prompt, if anything.
     """
 
     key: int
@@ -88,6 +89,34 @@ class RequestState:
     scheduled_at: float | None = None
     sequences: tuple[Sequence, ...] = ()
     num_unfinished: int = 0
+    scores: PromptScores | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class PromptScores:
+    """Log-probabilities of a prompt's tokens, collected while the prompt is computed.
+
+    Attributes:
+        num_logprobs: Alternatives per token.
+        prompt_length: Tokens of the prompt.
+        rows: One per token from the start on; None for the first, which follows nothing.
+        is_sent: They have gone out with an output.
+    """
+
+    num_logprobs: int
+    prompt_length: int
+    rows: list[SampledRow | None] = field(default_factory=lambda: [None])
+    is_sent: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every token has its row."""
+        return len(self.rows) == self.prompt_length
+
+    def positions(self, start: int, stop: int) -> range:
+        """Those of ``start .. stop - 1`` whose logits score a prompt token not scored before."""
+        first = max(start, len(self.rows) - 1)
+        return range(first, max(first, min(stop, self.prompt_length - 1)))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -105,6 +134,7 @@ class Sequence:
         max_length: Finish with ``length`` at this many tokens.
         children: Sequences to fork from this one when its prompt is computed.
         num_cached: Prompt tokens found in the prefix cache when first admitted.
+        scores: The request's, on the sequence that computes the prompt first.
         num_preemptions: Times its blocks were taken away.
         peak_blocks: Most blocks held, as seen when they were given back.
     """
@@ -124,6 +154,7 @@ class Sequence:
     num_reserved: int = 0
     num_committed: int = 0
     children: tuple[Sequence, ...] = ()
+    scores: PromptScores | None = None
     num_cached: int = 0
     num_preemptions: int = 0
     peak_blocks: int = 0
@@ -140,6 +171,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = self.num_tokens = len(self.prompt)
         self._buffer = self.prompt
+
+    @property
+    def matched_stop(self) -> str | int | None:
+        """The stop string or named stop token that ended the output; None while it goes on."""
+        return self.text.matched_stop(self.output_tokens[-1] if self.output_tokens else None)
 
     @property
     def tokens(self) -> NDArray[np.int32]:

@@ -9,8 +9,11 @@ import numpy as np
 from sagellm.backends.interface import SamplingRow
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
+    from sagellm.engine.grammar import SequenceGrammar
     from sagellm.engine.request import Sequence
     from sagellm.protocol import Request
 
@@ -39,10 +42,12 @@ class Sampling:
     """The sampling rule of one sequence; ``row`` is what the next step needs of it."""
 
     __slots__ = (
+        "_barred",
         "_bias_ids",
         "_bias_values",
         "_constant",
         "_frequency",
+        "_min_length",
         "_min_p",
         "_needs_history",
         "_num_logprobs",
@@ -52,19 +57,39 @@ class Sampling:
         "_temperature",
         "_top_k",
         "_top_p",
+        "grammar",
         "seed",
     )
 
-    def __init__(self, request: Request, seed: int, prompt_length: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        seed: int,
+        prompt_length: int,
+        *,
+        vocab_size: int = 0,
+        end_ids: Collection[int] = (),
+        grammar: SequenceGrammar | None = None,
+    ) -> None:
         """Reads a validated request.
 
         Args:
             request: Temperature None is greedy.
             seed: Of this sequence, 64 bits.
             prompt_length: Tokens before the first output.
+            vocab_size: Needed with ``min_tokens``, as are
+            end_ids: the tokens that end the output.
+            grammar: What the output must follow, its own copy.
         """
         params = request.sampling
         self.seed = seed
+        self.grammar = grammar
+        self._min_length = prompt_length + params.min_tokens
+        self._barred: NDArray[np.uint32] | None = None  # before that length
+        if params.min_tokens and end_ids:
+            self._barred = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+            for token_id in end_ids:
+                self._barred[token_id // 32] |= np.uint32(1 << token_id % 32)
         self._temperature = request.temperature or 0.0
         self._top_k = params.top_k
         self._top_p = 1.0 if request.top_p is None else request.top_p
@@ -84,16 +109,28 @@ class Sampling:
         # A greedy row without penalties is the same in every step.
         self._constant: SamplingRow | None = None
         if self._temperature == 0.0 and not self._needs_history:
-            self._constant = self._build(None, 0)
+            self._constant = self._build(None, 0, None)
 
     def row(self, sequence: Sequence) -> SamplingRow:
         """How to draw the token at position ``sequence.num_tokens``."""
-        if self._constant is not None:
+        position = sequence.num_tokens
+        barred = self._barred if position < self._min_length else None
+        allowed = None
+        if self.grammar is not None:
+            allowed = self.grammar.allowed(barred)
+        elif barred is not None:
+            allowed = ~barred
+        elif self._constant is not None:
             return self._constant
         history = sequence.tokens if self._needs_history else None
-        return self._build(history, sequence.num_tokens)
+        return self._build(history, position, allowed)
 
-    def _build(self, history: NDArray[np.int32] | None, position: int) -> SamplingRow:
+    def _build(
+        self,
+        history: NDArray[np.int32] | None,
+        position: int,
+        allowed: NDArray[np.uint32] | None,
+    ) -> SamplingRow:
         return SamplingRow(
             temperature=self._temperature,
             top_k=self._top_k,
@@ -106,6 +143,7 @@ class Sampling:
             bias_values=self._bias_values,
             history=history,
             prompt_length=self._prompt_length,
+            allowed=allowed,
             seed=self.seed,
             position=position,
             num_logprobs=self._num_logprobs,

@@ -160,12 +160,23 @@ class Scheduler:
         Nothing is published of a sequence whose row carries an error.
 
         Returns:
-            The sequences that sampled, each with its row; appending the token is the caller's.
+            The sequences that sampled, or whose prompt could not be scored, each with its row;
+            appending the token is the caller's.
         """
         sampled: list[tuple[Sequence, SampledRow]] = []
         rows = iter(output.rows)
         for sequence, count in zip(plan.sequences, plan.counts, strict=True):
             computed = sequence.num_computed + count
+            scores = sequence.scores
+            if scores is not None:
+                scored = [next(rows) for _ in scores.positions(sequence.num_computed, computed)]
+                failed = next((row for row in scored if row.error is not None), None)
+                if failed is not None:
+                    sampled.append((sequence, failed))
+                    if computed == sequence.num_tokens:
+                        next(rows)
+                    continue
+                scores.rows += scored
             sequence.num_computed = computed
             if computed == sequence.num_tokens:
                 row = next(rows)
@@ -293,7 +304,10 @@ class Scheduler:
         """
         kv = self._kv
         kv.add(sequence.sequence_id, sequence.state.salt)
-        cached = kv.match_prefix(sequence.sequence_id, sequence.tokens)
+        scores = sequence.scores
+        cached = 0  # a prompt that is to be scored must be computed
+        if scores is None or scores.is_complete:
+            cached = kv.match_prefix(sequence.sequence_id, sequence.tokens)
         pending = sequence.num_tokens - cached - (1 if sequence.children else 0)
         count = min(pending, self._chunk_tokens, budget)
         end = -(-(cached + count) // self._block_size) * self._block_size

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sagellm.backends.interface import ForwardBatch
+from sagellm.backends.interface import ForwardBatch, SamplingRow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from sagellm.backends.interface import SamplingRow
     from sagellm.engine.request import Failure, RequestState, Sequence
     from sagellm.kv.interface import KvCache
 
@@ -41,6 +40,8 @@ def build_batch(
 ) -> tuple[ForwardBatch, tuple[SamplingRow, ...]]:
     """Builds the arrays of a plan. A sequence samples when the plan reaches its last token.
 
+    Rows of prompt tokens to be scored stand before the row that a sequence samples.
+
     Args:
         plan: At least one sequence.
         kv: Gives the block tables.
@@ -59,6 +60,15 @@ def build_batch(
         stop = start + count
         token_ids[start:stop] = sequence.slice(done, done + count)
         computed.append(done)
+        if sequence.scores is not None:
+            for position in sequence.scores.positions(done, done + count):
+                logit_rows.append(start + position - done)
+                rows.append(
+                    SamplingRow(
+                        forced_token=int(sequence.prompt[position + 1]),
+                        num_logprobs=sequence.scores.num_logprobs,
+                    )
+                )
         if done + count == sequence.num_tokens:
             logit_rows.append(stop - 1)
             rows.append(sequence.sampling.row(sequence))

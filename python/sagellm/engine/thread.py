@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sagellm.engine.engine import queue_full
@@ -24,6 +25,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProgress:
+    """Whether an engine moves.
+
+    Attributes:
+        num_steps: Since the start.
+        has_work: Something is to be done: sequences, or commands of other threads.
+        seconds_since_progress: Since the engine's thread last completed a step or command, or since
+            work came to an idle engine. Grows while a step hangs; 0 without work.
+    """
+
+    num_steps: int
+    has_work: bool
+    seconds_since_progress: float
 
 
 class Mailbox(Protocol):
@@ -50,8 +67,10 @@ class EngineThread:
         self._commands: list[Callable[[], None]] = []
         self._calls: set[Future[Any]] = set()
         self._requests: dict[int, tuple[RequestState, Mailbox]] = {}
-        self._num_arriving = 0  # submitted, not yet in the engine's queue
         self._drain_until: float | None = None  # monotonic seconds; set when closing
+        self._is_draining = False
+        self._is_busy = False  # in a turn: commands and a step
+        self._progress_at = time.monotonic()
         self._num_cut = 0
         self._end: Failure | None = None  # why the thread no longer takes requests
         self._thread = threading.Thread(target=self._run, name="sagellm-engine", daemon=True)
@@ -64,6 +83,24 @@ class EngineThread:
         """Whether requests are taken."""
         return self._end is None and self._thread.is_alive()
 
+    def progress(self) -> EngineProgress:
+        """Whether the engine moves. Takes no lock, so that it answers while a step hangs."""
+        has_work = self._end is None and bool(
+            self._is_busy or self._commands or self._engine.has_work
+        )
+        # Read after the work, whose arrival renews it: an idle time is never taken for a stall.
+        since = time.monotonic() - self._progress_at
+        return EngineProgress(
+            num_steps=self._engine.num_steps,
+            has_work=has_work,
+            seconds_since_progress=max(0.0, since) if has_work else 0.0,
+        )
+
+    def begin_drain(self) -> None:
+        """Takes no more requests from now on; those at hand go on."""
+        with self._wake:
+            self._is_draining = True
+
     def submit(self, state: RequestState, mailbox: Mailbox) -> None:
         """Hands a prepared request to the engine.
 
@@ -73,26 +110,25 @@ class EngineThread:
         """
         limit = self._engine.config.max_queue
         with self._wake:
-            self._require_open()
-            if self._num_arriving + self._engine.num_waiting >= limit:
+            self.require_open()
+            # The only count that decides: the engine's own still has what was cancelled since its
+            # last step.
+            if sum(s.scheduled_at is None for s, _ in self._requests.values()) >= limit:
                 raise queue_full(limit)
-            self._num_arriving += 1
             self._requests[state.key] = (state, mailbox)
-            self._commands.append(lambda: self._add(state))
-            self._wake.notify()
+            self._post(lambda: self._add(state))
 
     def cancel(self, key: int) -> None:
         """Drops a request before the next step. Unknown and finished ones are ignored."""
         with self._wake:
             if self._requests.pop(key, None) is not None and self._end is None:
-                self._commands.append(lambda: _ignore(self._engine.cancel(key)))
-                self._wake.notify()
+                self._post(lambda: _ignore(self._engine.cancel(key)))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Runs a function between two steps, where it may use the engine.
+        """Runs a function between two steps, where it may use the engine. Draining permits it.
 
         Raises:
-            UnavailableError: The engine is closing or has failed.
+            UnavailableError: The engine has ended.
         """
         future: Future[T] = Future()
 
@@ -105,10 +141,10 @@ class EngineThread:
             self._calls.discard(future)
 
         with self._wake:
-            self._require_open()
+            if self._end is not None:
+                raise UnavailableError(self._end.message)
             self._calls.add(future)
-            self._commands.append(run)
-            self._wake.notify()
+            self._post(run)
         return future
 
     def close(self, drain_timeout: float = 0.0) -> int:
@@ -127,6 +163,13 @@ class EngineThread:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         return self._num_cut
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Leaves a command for the thread, which may be idle. The lock is held."""
+        if not (self._is_busy or self._commands):
+            self._progress_at = time.monotonic()  # until now there was nothing to do
+        self._commands.append(command)
+        self._wake.notify()
 
     # ------------------------------------------------------------------------- on the thread
 
@@ -154,14 +197,20 @@ class EngineThread:
         engine = self._engine
         with self._wake:
             while not (self._commands or engine.has_work or self._drain_until is not None):
+                self._is_busy = False
                 self._wake.wait()
+            if not self._is_busy:
+                self._progress_at = time.monotonic()
+                self._is_busy = True
             commands, self._commands = self._commands, []
         for command in commands:
             command()
+            self._progress_at = time.monotonic()
         if engine.has_work:
             outputs = engine.step()
             if outputs:
                 self._dispatch(outputs)
+            self._progress_at = time.monotonic()
         if self._drain_until is None:
             return True
         with self._wake:
@@ -170,13 +219,12 @@ class EngineThread:
 
     def _add(self, state: RequestState) -> None:
         with self._wake:
-            self._num_arriving -= 1
             wanted = state.key in self._requests
         if not wanted:
             return  # cancelled before it got here
         try:
-            self._engine.add(state)
-        except Exception as error:  # others came first and filled the queue
+            self._engine.add(state, has_place=True)
+        except Exception as error:
             self._dispatch(self._engine.answer(state, Failure.from_exception(error)))
 
     def _dispatch(self, outputs: list[SequenceOutput]) -> None:
@@ -213,10 +261,11 @@ class EngineThread:
             if not future.done():
                 future.set_exception(UnavailableError(end.message))
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raises ``UnavailableError`` unless requests are taken."""
         if self._end is not None:
             raise UnavailableError(self._end.message)
-        if self._drain_until is not None:
+        if self._is_draining or self._drain_until is not None:
             raise UnavailableError("the engine is shutting down; send the request elsewhere")
 
 

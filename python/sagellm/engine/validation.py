@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sagellm.engine.memory import blocks_needed, tokens_that_fit
-from sagellm.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
+from sagellm.errors import InvalidArgumentError, ResourceExhaustedError
 from sagellm.protocol import LIMITS
 
 if TYPE_CHECKING:
@@ -47,6 +47,18 @@ class Capacity:
         """Whether a sequence of that length fits in the pool alone."""
         needed = blocks_needed(self.groups, self.block_size, num_tokens, self.chunk_tokens)
         return needed <= self.num_blocks
+
+    def max_output_tokens(self, num_prompt_tokens: int, n: int = 1) -> int:
+        """Most output tokens that each completion of such a prompt can have; 0 without room.
+
+        Args:
+            num_prompt_tokens: Length of the prompt.
+            n: Completions; it does not matter, for those that do not fit together take turns.
+        """
+        del n
+        # A last token is never written to the cache, so it needs no place there.
+        length = min(self.max_model_len, self.pool_tokens + 1)
+        return max(0, length - num_prompt_tokens)
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
@@ -91,7 +103,6 @@ def validate_request(request: Request, num_prompt_tokens: int, capacity: Capacit
     Raises:
         InvalidArgumentError: A value that the caller may correct.
         ResourceExhaustedError: The request could never run in this KV pool.
-        UnsupportedError: A feature that this build does not have.
     """
     _check_numbers(request)
     _check_tokens(request, capacity.vocab_size)
@@ -146,16 +157,19 @@ def _check_numbers(request: Request) -> None:
     _within("n", params.n, 1, LIMITS.n)
     _within("max_tokens", request.max_tokens, 1, math.inf)
     _within("logprobs", params.logprobs, 0, LIMITS.logprobs)
+    _within("prompt_logprobs", params.prompt_logprobs, 0, LIMITS.logprobs)
+    _within("min_tokens", params.min_tokens, 0, request.max_tokens)
     _within("the number of stop strings", len(params.stop), 0, LIMITS.stop_strings)
     _within(
         "the number of logit_bias entries", len(params.logit_bias), 0, LIMITS.logit_bias_entries
     )
     for value in params.logit_bias.values():
         _within("logit_bias", value, -LIMITS.logit_bias, LIMITS.logit_bias)
-    if params.response_format is not None and params.response_format.type != "text":
-        raise UnsupportedError(
-            f"response_format {params.response_format.type!r} is not implemented in this version; "
-            "leave it out or use type 'text'"
+    form = params.response_format
+    if form is not None and form.type != "text" and params.ignore_eos:
+        raise InvalidArgumentError(
+            f"response_format {form.type!r} ends the output when it is complete, which ignore_eos "
+            "forbids; leave ignore_eos out"
         )
 
 

@@ -1,0 +1,1 @@
+"""The serving SDK under its original name; see ``sagellm.serving``."""

@@ -13,6 +13,7 @@ from sagellm.bench import kernels as kernel_bench
 from sagellm.bench import kv as kv_bench
 from sagellm.bench import offline as offline_bench
 from sagellm.bench import report
+from sagellm.bench.serve_command import serve
 from sagellm.errors import InvalidArgumentError
 from sagellm.native import load_core
 
@@ -46,6 +47,7 @@ def bench(context: typer.Context, profile: Profile = None) -> None:
       sagellm bench offline --model smollm2
       sagellm bench kernels --formats Q4_1,BF16 --tokens 1,32
       sagellm bench kv --json
+      sagellm bench serve --serve smollm2 --concurrency 1,8,32
       sagellm bench --profile out.prof      a profile of `offline`
     """  # noqa: D301
     if context.invoked_subcommand is None:
@@ -157,6 +159,9 @@ def kv(
       python -m sagellm.bench kv --blocks 8192
     """  # noqa: D301
     kv_bench.show(kv_bench.run(num_blocks=blocks), as_json=as_json)
+
+
+app.command("serve")(serve)
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:

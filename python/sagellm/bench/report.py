@@ -17,6 +17,8 @@ from rich.table import Table
 
 from sagellm.errors import InvalidArgumentError, UnsupportedError
 
+_WIDEST = 1000  # columns; terminals wrap, and files are searched
+
 
 def median(values: Sequence[float]) -> float:
     """Median as a plain float."""
@@ -36,13 +38,16 @@ def print_json(result: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Writes a table to standard output; floats are shown with four significant digits."""
+    """Writes a table to standard output, as wide as it has to be.
+
+    Floats are shown with four significant digits.
+    """
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, width=_WIDEST).print(table)
 
 
 def progress() -> Progress:

@@ -6,7 +6,6 @@ Names load on first use, so that ``import sagellm.protocol`` costs pydantic alon
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,7 +66,9 @@ def __getattr__(name: str) -> Any:
     if name in ("errors", "protocol"):
         return importlib.import_module(f"sagellm.{name}")
     if name == "__version__":
-        return importlib.metadata.version("sagellm")
+        version = importlib.import_module("importlib.metadata").version("sagellm")
+        globals()[name] = version
+        return version
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'sagellm' has no attribute {name!r}")

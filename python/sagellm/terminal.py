@@ -8,20 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from sagellm.errors import SagellmError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # The base of typer's errors about command lines, of which typer exports only subclasses.
 _UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
@@ -95,28 +89,36 @@ def pull_progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
     Nothing appears unless bytes arrive.
     """
-    console = Console(stderr=True, highlight=False)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    task = None
+    bar: Progress | None = None
 
     def report(done: int, total: int) -> None:
-        nonlocal task
-        if task is None:
+        nonlocal bar
+        if bar is None:
+            bar = _new_bar()
             if bar.disable:
                 sys.stderr.write(f"downloading {name} ({total / 1e6:,.0f} MB)\n")
             bar.start()
-            task = bar.add_task(name, total=total)
-        bar.update(task, completed=done, total=total)
+            bar.add_task(name, total=total)
+        bar.update(bar.task_ids[0], completed=done, total=total)
 
     try:
         yield report
     finally:
-        bar.stop()
+        if bar is not None:
+            bar.stop()
+
+
+def _new_bar() -> Progress:
+    from rich import progress  # most commands draw nothing
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

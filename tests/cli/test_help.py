@@ -21,6 +21,8 @@ def status(*args: str) -> int:
         "show",
         "rm",
         "info",
+        "serve",
+        "top",
         "bench",
         "bench offline",
         "bench kernels",

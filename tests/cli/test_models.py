@@ -14,6 +14,7 @@ import pytest
 
 from cli.support import LIMIT_S, environment, succeed
 from models.make_tiny import make_tiny_gguf
+from models.make_tiny_encoder import make_tiny_encoder
 
 # The command with one more model in its catalogue.
 DRIVER = """
@@ -134,3 +135,11 @@ def test_show_states_what_a_file_is(tmp_path: Path) -> None:
     shown = succeed("show", model)
     assert "qwen3" in shown
     assert str(model) in shown
+
+
+def test_show_states_what_an_encoder_is(tmp_path: Path) -> None:
+    model = make_tiny_encoder(tmp_path / "tiny", modules=("Transformer", "Pooling", "Normalize"))
+    facts = json.loads(succeed("show", model, "--json"))
+    assert (facts["architecture"], facts["kind"]) == ("bert", "embedding model")
+    assert (facts["format"], facts["longest input"], facts["pooling"]) == ("F32", 160, "mean")
+    assert "embedding model" in succeed("show", model)

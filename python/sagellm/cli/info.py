@@ -1,4 +1,4 @@
-"""``sagellm info`` and ``sagellm version``."""
+"""``sagellm info``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ from sagellm.engine.memory import available_memory
 from sagellm.errors import DeviceUnavailableError
 from sagellm.native import load_core
 from sagellm.terminal import print_columns
-
-
-def version() -> None:
-    """Print the version of sagellm."""
-    typer.echo(f"sagellm {sagellm.__version__}")
 
 
 def info(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sagellm.checkpoint import open_checkpoint
 from sagellm.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL
+from sagellm.checkpoint.encoder import is_encoder, open_encoder
 from sagellm.checkpoint.store import list_models, pull, remove, resolve_model
 from sagellm.cli.options import Model
 from sagellm.terminal import print_columns, pull_progress
@@ -80,10 +82,38 @@ def show_command(model: Model = DEFAULT_MODEL, as_json: Json = False) -> None:
       sagellm show ./model.gguf --json
     """  # noqa: D301
     path = resolve_model(model)
+    facts = _encoder_facts(path) if is_encoder(path) else _decoder_facts(path)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    print_columns([(key, _shown(value)) for key, value in facts.items()])
+
+
+def _encoder_facts(path: Path) -> dict[str, object]:
+    checkpoint = open_encoder(path)
+    config = checkpoint.config
+    return {
+        "name": config.name,
+        "path": str(path),
+        "architecture": config.architecture,
+        "kind": "cross-encoder" if config.has_head else "embedding model",
+        "parameters": checkpoint.num_parameters,
+        "format": checkpoint.quantization,
+        "longest input": config.max_tokens,
+        "layers": config.num_layers,
+        "hidden size": config.hidden_size,
+        "heads": f"{config.num_heads} of {config.head_dim}",
+        "pooling": config.pooling,
+        "normalised": config.normalize,
+        "vocabulary": config.vocab_size,
+    }
+
+
+def _decoder_facts(path: Path) -> dict[str, object]:
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     windows = {window for window in config.layer_windows if window}
-    facts: dict[str, object] = {
+    return {
         "name": config.name,
         "path": str(path),
         "architecture": config.architecture,
@@ -97,10 +127,6 @@ def show_command(model: Model = DEFAULT_MODEL, as_json: Json = False) -> None:
         "vocabulary": config.vocab_size,
         "chat template": load_tokenizer(checkpoint.tokenizer).chat_template is not None,
     }
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    print_columns([(key, _shown(value)) for key, value in facts.items()])
 
 
 def _shown(value: object) -> str:

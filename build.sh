@@ -26,6 +26,9 @@ Commands
   build                   editable install into .venv; later edits of C++ rebuild on import
   lint                    formatters and linters only (add --fix to apply)
   bench [CASE] [OPTIONS]  python -m sagellm.bench (default case: offline on smollm2)
+  clients FOLDER [CLIENT...]
+                          third-party clients (litellm, langchain-openai, instructor, lm-eval), each
+                          in a virtual environment under FOLDER, against a server with real models
   wheel                   source archive and wheel into dist/
   stubs                   regenerate the type stubs of the native module in typings/
 
@@ -276,6 +279,7 @@ case $command in
     run_tests "$@" ;;
   lint) ensure_packages run; install dev; stage lint lint "$@" ;;
   bench) ensure_packages run; install ""; run_bench "$@" ;;
+  clients) ensure_packages run; install dev; PYTHON=$PY exec tests/clients/run.sh "$@" ;;
   wheel) ensure_packages run; install dev; wheel ;;
   stubs) ensure_packages run; install dev; stubs ;;
   help) usage ;;

@@ -216,7 +216,7 @@ class Client:
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         self._session = self._aiohttp.ClientSession(
-            # A connection per request: some servers end a kept one after a few requests unannounced.
+            # A connection per request: some servers end a kept one after a few without a word.
             connector=self._aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=self._aiohttp.ClientTimeout(total=self._timeout_s),
             headers=headers,

@@ -37,7 +37,7 @@ from sagellm.engine.loading import load_engine, mock_tokenizer
 from sagellm.gateway.app import create_server
 from sagellm.gateway.config import GatewayConfig
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.metrics import RequestMetrics
+from sagellm.gateway.request_metrics import RequestMetrics
 from sagellm.text import ChatTemplate
 
 LIMIT_S = 15.0  # until the server has noticed that the last client left

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.support import BlockingRunner, HashEmbedder, mock_gateway, serving
 from sagellm.gateway.config import GatewayConfig
-from sagellm.gateway.metrics import SECONDS, Distribution, RequestMetrics
+from sagellm.gateway.request_metrics import SECONDS, Distribution, RequestMetrics
 
 USER = [{"role": "user", "content": "hello " * 20}]
 ANSWER = "twelve bytes"

@@ -18,8 +18,8 @@ from gateway.support import ScriptedRunner, mock_gateway, serving
 from sagellm.errors import InvalidArgumentError, UnsupportedError
 from sagellm.gateway.config import GatewayConfig
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.metrics import RequestMetrics
 from sagellm.gateway.observer import ObserverGroup
+from sagellm.gateway.request_metrics import RequestMetrics
 from sagellm.gateway.tracing import SpanObserver, open_tracing
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

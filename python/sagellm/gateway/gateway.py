@@ -13,8 +13,8 @@ import numpy as np
 from sagellm.errors import SagellmError, UnavailableError
 from sagellm.gateway.errors import RETRY_LATER_S, ApiError
 from sagellm.gateway.generation import GatewayStream
-from sagellm.gateway.metrics import RequestMetrics
 from sagellm.gateway.observer import ObserverGroup, RequestRecord
+from sagellm.gateway.request_metrics import RequestMetrics
 from sagellm.gateway.tracing import open_tracing
 from sagellm.protocol import Request
 

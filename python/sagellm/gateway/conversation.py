@@ -10,10 +10,10 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import ValidationError
 
@@ -214,6 +214,31 @@ async def start_chat(gateway: Gateway, options: ChatOptions, context: RequestCon
         cache_salt=options.cache_salt,
     )
     return ChatRun(await gateway.start(request, prepared.prompt, context), prepared.plan, n)
+
+
+class DeltaWriter(Protocol):
+    """Puts an answer into the form of one API."""
+
+    def write(self, deltas: Sequence[ChatDelta]) -> bytes:
+        """Takes what is new; returns its events."""
+
+    def finish(self, usage: Usage) -> bytes:
+        """Ends the answer; returns its last events."""
+
+
+async def run_to_end(
+    gateway: Gateway, options: ChatOptions, writer: DeltaWriter, context: RequestContext
+) -> None:
+    """Runs a conversation whose answer is no stream into a writer.
+
+    Raises:
+        ApiError, SagellmError: It cannot be served, or failed.
+    """
+    run = await start_chat(gateway, options, context)
+    async with aclosing(run.batches()) as batches:
+        async for deltas in batches:
+            writer.write(deltas)
+    writer.finish(run.usage())
 
 
 async def encode_chat(gateway: Gateway, options: ChatOptions) -> list[int]:

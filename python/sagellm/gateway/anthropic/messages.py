@@ -19,7 +19,7 @@ from sagellm.gateway.anthropic.types import (
     TokenCount,
 )
 from sagellm.gateway.context import RequestContext, context_of
-from sagellm.gateway.conversation import ChatOptions, ChatRun, encode_chat, start_chat
+from sagellm.gateway.conversation import ChatRun, encode_chat, run_to_end, start_chat
 from sagellm.serving import EventStream, RouterDef, until_disconnect
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def routers(gateway: Gateway) -> dict[str, list[RouterDef]]:
         if options.stream:
             run = await start_chat(gateway, options, context)
             return EventStream(stream_message(run, writer, context), on_close=run.cancel)
-        await until_disconnect(request, complete_message(gateway, options, writer, context))
+        await until_disconnect(request, run_to_end(gateway, options, writer, context))
         return json_response(writer.message)
 
     async def count_tokens(query: CountTokensRequest, request: Request) -> Response:
@@ -69,21 +69,6 @@ def routers(gateway: Gateway) -> dict[str, list[RouterDef]]:
             ),
         ]
     }
-
-
-async def complete_message(
-    gateway: Gateway, options: ChatOptions, writer: MessageWriter, context: RequestContext
-) -> None:
-    """Runs a request to its end.
-
-    Raises:
-        ApiError, SagellmError: It cannot be served, or failed.
-    """
-    run = await start_chat(gateway, options, context)
-    async with aclosing(run.batches()) as batches:
-        async for deltas in batches:
-            writer.write(deltas)
-    writer.finish(run.usage())
 
 
 async def stream_message(

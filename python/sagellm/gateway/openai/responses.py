@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from sagellm.gateway.answers import json_response, stream_error, stream_responses
 from sagellm.gateway.context import RequestContext, context_of
-from sagellm.gateway.conversation import ChatOptions, ChatRun, start_chat
+from sagellm.gateway.conversation import ChatRun, run_to_end, start_chat
 from sagellm.gateway.openai.responses_input import chat_options
 from sagellm.gateway.openai.responses_output import ResponseWriter, new_response
 from sagellm.gateway.openai.responses_types import CreateResponse, ResponseObject
@@ -36,7 +36,7 @@ def routers(gateway: Gateway) -> dict[str, list[RouterDef]]:
         if options.stream:
             run = await start_chat(gateway, options, context)
             return EventStream(stream_response(run, writer, context), on_close=run.cancel)
-        await until_disconnect(request, complete_response(gateway, options, writer, context))
+        await until_disconnect(request, run_to_end(gateway, options, writer, context))
         return json_response(writer.response)
 
     return {
@@ -54,21 +54,6 @@ def routers(gateway: Gateway) -> dict[str, list[RouterDef]]:
             )
         ]
     }
-
-
-async def complete_response(
-    gateway: Gateway, options: ChatOptions, writer: ResponseWriter, context: RequestContext
-) -> None:
-    """Runs a request to its end.
-
-    Raises:
-        ApiError, SagellmError: It cannot be served, or failed.
-    """
-    run = await start_chat(gateway, options, context)
-    async with aclosing(run.batches()) as batches:
-        async for deltas in batches:
-            writer.write(deltas)
-    writer.finish(run.usage())
 
 
 async def stream_response(

@@ -1,0 +1,52 @@
+#include "sagellm/cuda/memory.h"
+
+#include <string>
+
+#include "sagellm/cuda/check.h"
+
+namespace sagellm::cuda {
+
+DeviceBuffer::DeviceBuffer(size_t bytes) : bytes_(bytes) {
+  if (bytes == 0) return;
+  void* pointer = nullptr;
+  const cudaError_t error = cudaMalloc(&pointer, bytes);
+  if (error != cudaSuccess) check(error, ("cudaMalloc of " + std::to_string(bytes)).c_str());
+  data_ = static_cast<std::byte*>(pointer);
+}
+
+DeviceBuffer::~DeviceBuffer() {
+  if (data_ != nullptr) (void)cudaFree(data_);  // fails only when an earlier call has failed
+}
+
+PinnedBuffer::PinnedBuffer(size_t bytes) : bytes_(bytes) {
+  if (bytes == 0) return;
+  void* pointer = nullptr;
+  const cudaError_t error = cudaHostAlloc(&pointer, bytes, cudaHostAllocDefault);
+  if (error != cudaSuccess) check(error, ("cudaHostAlloc of " + std::to_string(bytes)).c_str());
+  data_ = static_cast<std::byte*>(pointer);
+}
+
+PinnedBuffer::~PinnedBuffer() {
+  if (data_ != nullptr) (void)cudaFreeHost(data_);
+}
+
+void copy_to_device(void* to, const void* from, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, native(stream)),
+        "cudaMemcpyAsync to the device");
+}
+
+void copy_to_host(void* to, const void* from, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, native(stream)),
+        "cudaMemcpyAsync to the host");
+}
+
+void copy_on_device(void* to, const void* from, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, native(stream)),
+        "cudaMemcpyAsync on the device");
+}
+
+void fill(void* to, uint8_t value, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(to, value, bytes, native(stream)), "cudaMemsetAsync");
+}
+
+}  // namespace sagellm::cuda

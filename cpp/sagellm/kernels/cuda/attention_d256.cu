@@ -1,0 +1,9 @@
+#include "sagellm/kernels/cuda/attention_kernel.cuh"
+
+namespace sagellm::kernels::cuda {
+
+AttentionInstance attention_d256(AttentionKernel kernel, KvType type) {
+  return attention_instances<256>(kernel, type);
+}
+
+}  // namespace sagellm::kernels::cuda

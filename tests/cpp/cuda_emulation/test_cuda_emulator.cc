@@ -1,0 +1,3 @@
+#include <gtest/gtest.h>
+#include "cuda_emulator.h"
+TEST(Emulator, Placeholder) {}

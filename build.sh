@@ -151,7 +151,7 @@ stage() {
   printf -- '--- %s: %d s\n' "$STAGE" $((SECONDS - started))
 }
 
-cpp_files() { find cpp tests/cpp -name '*.cc' -o -name '*.h' | sort; }
+cpp_files() { find cpp tests/cpp -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort; }
 
 lint() {
   local check=(--check) dry=(--dry-run -Werror) fix=()

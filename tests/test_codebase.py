@@ -30,6 +30,8 @@ CPP_DOORS: dict[str, set[str]] = {
     "ops": _FOUNDATION | {"kernels", "quant", "runtime", "kv", "comm"},
     "model": _FOUNDATION
     | {"kernels", "quant", "runtime", "kv", "comm", "ops", "sample", "checkpoint"},
+    "cuda": _FOUNDATION
+    | {"kernels", "quant", "runtime", "kv", "comm", "ops", "sample", "checkpoint", "model"},
 }
 ISA_HEADERS = {
     "immintrin.h",
@@ -62,7 +64,7 @@ MAX_FILE_LINES = 600
 
 
 def cpp_files() -> list[Path]:
-    return sorted(p for p in CPP.rglob("*") if p.suffix in {".h", ".cc", ".inc"})
+    return sorted(p for p in CPP.rglob("*") if p.suffix in {".h", ".cc", ".inc", ".cu", ".cuh"})
 
 
 def python_files() -> list[Path]:
@@ -126,6 +128,27 @@ def test_isa_files_see_only_params_and_code_of_their_own_instruction_set() -> No
             elif (found, isa) not in seen:
                 seen.add((found, isa))
                 waiting.append((found, isa))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_cuda_kernels_are_written_in_the_platform_layer_alone() -> None:
+    """Launch headers know no CUDA; kernels know CUDA through platform.cuh, so that they emulate."""
+    folder = CPP / "kernels" / "cuda"
+    wrong = []
+    for path in cpp_files():
+        if path.parent != folder:
+            continue
+        for header in includes(path):
+            known = header.startswith("sagellm/") or "." not in header  # the standard library
+            if path.name == "platform.cuh" and header == "cuda_emulator.h":
+                known = True
+            if path.suffix in {".h", ".cc"} and header.endswith(".cuh"):
+                known = False
+            if not known:
+                wrong.append(f"{path.relative_to(ROOT)}: {header}")
+        kernel = path.suffix in {".cu", ".cuh"}
+        if kernel and re.search(r"__shared__(?! __align__)|<<<", path.read_text()):
+            wrong.append(f"{path.relative_to(ROOT)}: static shared memory or <<<>>>")
     assert not wrong, "\n".join(wrong)
 
 
@@ -238,7 +261,21 @@ def project_files() -> list[Path]:
     folders = ["cmake", "cpp", "docs", "python", "tests", ".ci"]
     files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
     files += [p for p in ROOT.iterdir() if p.is_file()]
-    suffixes = {".cc", ".h", ".inc", ".cmake", ".py", ".pyi", ".md", ".toml", ".sh", ".txt", ""}
+    suffixes = {
+        ".cc",
+        ".h",
+        ".inc",
+        ".cu",
+        ".cuh",
+        ".cmake",
+        ".py",
+        ".pyi",
+        ".md",
+        ".toml",
+        ".sh",
+        ".txt",
+        "",
+    }
     return sorted(p for p in files if p.suffix in suffixes and "__pycache__" not in p.parts)
 
 

@@ -1,6 +1,10 @@
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "sagellm/base/error.h"
 #include "sagellm/runtime/bandwidth.h"
+#include "sagellm/runtime/op_table.h"
 
 namespace py = pybind11;
 
@@ -12,6 +16,27 @@ void register_runtime(py::module_& m) {
       "Median bytes per second of reading `bytes` of huge-page memory with `threads` threads.");
   runtime.def("peak_resident_bytes", &sagellm::runtime::peak_resident_bytes,
               "Peak resident memory of this process in bytes (VmHWM).");
+  runtime.def(
+      "register_op_table",
+      [](const py::capsule& capsule) {
+        namespace rt = sagellm::runtime;
+        sagellm::require<sagellm::InvalidArgument>(
+            PyCapsule_IsValid(capsule.ptr(), rt::kOpTableCapsule) != 0, "a capsule named ",
+            rt::kOpTableCapsule, " is needed");
+        rt::register_op_table(*capsule.get_pointer<rt::OpTableHandover>());
+      },
+      py::arg("capsule"),
+      "Gives a device kind the operations that another module brings, for the life of the process.");
+  runtime.def(
+      "device_kinds",
+      [] {
+        py::list names;
+        for (const auto kind : sagellm::runtime::device_kinds()) {
+          names.append(py::str(std::string(sagellm::device_kind_name(kind))));
+        }
+        return names;
+      },
+      "Device kinds that have operations in this process.");
   runtime.def("resident_bytes", &sagellm::runtime::resident_bytes,
               "Resident memory of this process in bytes (VmRSS).");
 }

@@ -39,9 +39,15 @@ def without_core() -> Any:
     raise DeviceUnavailableError("no compiled core; reinstall")
 
 
+def without_cuda(index: int) -> Any:
+    raise DeviceUnavailableError("this install was built without CUDA; reinstall with nvcc")
+
+
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernels and no others."""
     monkeypatch.setattr(devices, "load_core", fake_core)
+    monkeypatch.setattr(devices, "probe_cuda", without_cuda)
 
 
 @pytest.fixture
@@ -107,8 +113,8 @@ def test_the_probe_lists_every_device_best_first() -> None:
 @pytest.mark.parametrize(
     ("device", "cause", "remedy"),
     [
-        ("cuda", "no CUDA kernels", "torch:cuda"),
-        ("cuda:1", "no CUDA kernels", "use device 'cpu'"),
+        ("cuda", "built without CUDA", "reinstall"),
+        ("cuda:1", "built without CUDA", "reinstall"),
         ("ascend", "torch is not installed", "CANN"),
         ("ascend:0", "torch is not installed", "CANN"),
         ("torch", "torch is not installed", r"pip install 'sagellm\[torch\]'"),

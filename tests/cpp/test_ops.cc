@@ -131,6 +131,10 @@ TEST(OpTable, AnAbsentDeviceIsRefusedUntilItsTableIsRegisteredOnce) {
   incomplete.rope = nullptr;
   EXPECT_THROW(runtime::register_op_table(Device::Kind::kCuda, &incomplete), InvalidArgument);
   EXPECT_THROW(runtime::register_op_table(Device::Kind::kCuda, nullptr), InvalidArgument);
+  const runtime::OpTableHandover other{.layout = runtime::op_table_layout() + 1,
+                                       .kind = Device::Kind::kCuda,
+                                       .table = &kCounting};
+  EXPECT_THROW(runtime::register_op_table(other), InvalidArgument);
 
   const std::vector<runtime::OpTable> rivals(8, kCounting);
   std::atomic<int> accepted{0};
@@ -147,7 +151,7 @@ TEST(OpTable, AnAbsentDeviceIsRefusedUntilItsTableIsRegisteredOnce) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(accepted, 1);
   const runtime::OpTable& winner = runtime::op_table(kCuda1);
-  runtime::register_op_table(Device::Kind::kCuda, &winner);
+  runtime::register_op_table({.kind = Device::Kind::kCuda, .table = &winner});
   EXPECT_THROW(runtime::register_op_table(Device::Kind::kCpu, &winner), InvalidArgument);
   EXPECT_EQ(runtime::device_kinds().size(), 2u);
   ops::rms_norm(x, weight, 0.f, x);

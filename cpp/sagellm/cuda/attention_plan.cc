@@ -170,11 +170,14 @@ void AttentionPlanner::plan(const AttentionBatch& batch) {
     const int32_t end = batch.query_starts[static_cast<size_t>(s) + 1];
     require<InvalidArgument>(end >= begin, "query_starts must ascend; sequence ", s, " does not");
     if (end == begin) continue;
+    const int32_t first = batch.positions[static_cast<size_t>(begin)];
     const int32_t last = batch.positions[static_cast<size_t>(end) - 1];
-    require<InvalidArgument>(
-        batch.positions[static_cast<size_t>(begin)] >= 0 &&
-            last - batch.positions[static_cast<size_t>(begin)] == end - begin - 1,
-        "positions of sequence ", s, " are not consecutive from a position >= 0");
+    for (int32_t t = begin; t < end; ++t) {
+      require<InvalidArgument>(first >= 0 && batch.positions[static_cast<size_t>(t)] ==
+                                                 first + (t - begin),
+                               "positions of sequence ", s,
+                               " are not consecutive from a position >= 0");
+    }
     require<InvalidArgument>(last / options_.page_size < batch.block_tables_stride, "sequence ", s,
                              " reaches position ", last, ", beyond its block table of ",
                              batch.block_tables_stride, " blocks");
@@ -345,7 +348,7 @@ AttentionCapacity AttentionPlanner::required() const {
 }
 
 AttentionCapacity AttentionPlanner::capacity(int64_t max_sequences, int64_t max_tokens,
-                                             int64_t max_context) const {
+                                             int64_t max_query, int64_t max_context) const {
   const auto tile_tokens = [&](int64_t rows) { return std::max(int64_t{1}, rows / group_); };
   const auto head_tiles = [&](int64_t rows) { return ceil_div(group_, rows); };
   const int64_t wide = kernels::cuda::wide_rows(options_.head_dim);
@@ -366,9 +369,13 @@ AttentionCapacity AttentionPlanner::capacity(int64_t max_sequences, int64_t max_
   const int64_t wide_cuts = int64_t{kMoreWaves + 1} * wide_.num_bins;
   const int64_t group_tiles = max_sequences * head_tiles(kNarrowRows);
   capacity.narrow_items = max_sequences * head_tiles(kNarrowRows) + group_tiles + narrow_cuts;
-  capacity.wide_items = all_tiles(wide) + group_tiles + wide_cuts;
+  const bool long_queries = max_query > 1 && max_query * group_ > kNarrowRows;
+  const bool groups = options_.cascade_sequences > 0 && options_.window == 0;
+  if (long_queries || groups) {
+    capacity.wide_items = (long_queries ? all_tiles(wide) : 0) + group_tiles + wide_cuts;
+  }
   capacity.states = 2 * max_tokens + 2 * narrow_cuts * tile_tokens(kNarrowRows) +
-                    2 * wide_cuts * tile_tokens(wide);
+                    (capacity.wide_items > 0 ? 2 * wide_cuts * tile_tokens(wide) : 0);
   return capacity;
 }
 

@@ -75,8 +75,10 @@ class AttentionPlanner {
 
   int32_t num_bins(kernels::cuda::AttentionKernel kernel) const;
 
-  /// Enough for every step of up to these sizes; `max_context` tokens are the longest sequence.
-  AttentionCapacity capacity(int64_t max_sequences, int64_t max_tokens, int64_t max_context) const;
+  /// Enough for every step of up to these sizes; a sequence has at most `max_query` of the step's
+  /// tokens and `max_context` in all. No wide items: the wide kernel need not be launched.
+  AttentionCapacity capacity(int64_t max_sequences, int64_t max_tokens, int64_t max_query,
+                             int64_t max_context) const;
   /// What the present plan needs.
   AttentionCapacity required() const;
 

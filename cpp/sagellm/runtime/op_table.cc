@@ -76,4 +76,11 @@ void register_op_table(Device::Kind kind, const OpTable* table) {
                            " already has an operation table");
 }
 
+void register_op_table(const OpTableHandover& handover) {
+  require<InvalidArgument>(handover.layout == op_table_layout(),
+                           "the operation table comes from another version of sagellm; install "
+                           "modules that were built together");
+  register_op_table(handover.kind, handover.table);
+}
+
 }  // namespace sagellm::runtime

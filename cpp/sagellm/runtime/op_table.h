@@ -5,6 +5,8 @@
 // calls the kernel table itself.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "sagellm/kernels/op_params.h"
@@ -34,5 +36,30 @@ std::vector<Device::Kind> device_kinds();
 /// entry is missing or `kind` has another table. A shared object that links its own copy of this
 /// library has its own registry: such a module hands its table to `_core`, which registers it.
 void register_op_table(Device::Kind kind, const OpTable* table);
+
+/// Tells builds of OpTable and its parameters apart.
+constexpr uint64_t op_table_layout() {
+  uint64_t layout = 0;
+  for (const size_t bytes :
+       {sizeof(OpTable), sizeof(kernels::LinearParams), sizeof(kernels::RmsNormParams),
+        sizeof(kernels::RopeParams), sizeof(kernels::GatedActivationParams),
+        sizeof(kernels::KvWriteBatchParams), sizeof(kernels::PagedAttentionParams)}) {
+    layout = layout * 1021 + bytes;
+  }
+  return layout;
+}
+
+/// A table on its way from one module to another: the content of a capsule named
+/// kOpTableCapsule.
+struct OpTableHandover {
+  uint64_t layout = op_table_layout();
+  Device::Kind kind = Device::Kind::kCpu;
+  const OpTable* table = nullptr;
+};
+inline constexpr const char* kOpTableCapsule = "sagellm.op_table";
+
+/// Registers what another module hands over; throws InvalidArgument when it was built with other
+/// parameters.
+void register_op_table(const OpTableHandover& handover);
 
 }  // namespace sagellm::runtime

@@ -15,6 +15,7 @@ import numpy as np
 
 from sagellm.backends.array_ops import ArrayOps
 from sagellm.backends.cpu import CpuRunner
+from sagellm.backends.cuda import probe_cuda
 from sagellm.backends.reference import ReferenceRunner
 from sagellm.errors import DeviceUnavailableError, InvalidArgumentError
 from sagellm.native import load_core
@@ -140,8 +141,8 @@ def _probe(name: str, index: int = 0) -> DeviceStatus:
 
 def _probe_cuda(index: int) -> str:
     raise DeviceUnavailableError(
-        "this version has no CUDA kernels; use device 'cpu', or 'torch:cuda' with a torch built "
-        "for CUDA (the reference backend: correct, not fast)"
+        f"the engine does not run on CUDA kernels yet ({probe_cuda(index)}); use device 'cpu', or "
+        "'torch:cuda' with a torch built for CUDA (the reference backend: correct, not fast)"
     )
 
 

@@ -32,10 +32,8 @@ struct AttentionShape {
   static constexpr int kQueryBytes = kRows * Layout::kQueryStride;
   static constexpr int kMergeStride = kDim + 8;  // floats
   static constexpr int kMergeBytes = kWide ? 0 : kWarps * kNarrowRows * kMergeStride * 4;
-  // Behind Q: which tokens are complete (wide_rows of them at most), then maxima and sums.
-  static constexpr int kFlagBytes = kRows * 4;
-  static constexpr int kSumBytes = kWide ? 0 : kWarps * kNarrowRows * 8;
-  static constexpr int kFixedBytes = kQueryBytes + kFlagBytes + kSumBytes;
+  static constexpr int kSumBytes = kWide ? 0 : kWarps * kNarrowRows * 8;  // behind Q
+  static constexpr int kFixedBytes = kQueryBytes + kSumBytes;
 };
 
 template <int kDim, KvType kType, AttentionKernel kKernel>
@@ -52,8 +50,8 @@ class AttentionBlock {
   SAGE_DEVICE AttentionBlock(const AttentionParams& p, int kv_head) : p_(p), kv_head_(kv_head) {
     std::byte* shared = shared_memory<std::byte>();
     query_ = shared;
-    complete_ = reinterpret_cast<int32_t*>(shared + Shape::kQueryBytes);
-    sums_ = reinterpret_cast<float2*>(shared + Shape::kQueryBytes + Shape::kFlagBytes);
+    complete_ = reinterpret_cast<int32_t*>(shared);
+    sums_ = reinterpret_cast<float2*>(shared + Shape::kQueryBytes);
     ring_ = shared + Shape::kFixedBytes;
     warp_ring_ = Shape::kWide ? ring_ : ring_ + warp_id() * Shape::kEntryBytes;
     row_bytes_ = p.kv.head_dim * Traits::kBytes;
@@ -73,6 +71,8 @@ class AttentionBlock {
       start_copy(e);
       cp_async_commit();
     }
+    const int token = p_.work.tokens[item->first_token];  // all of an item's tokens are alike
+    writes_output_ = p_.work.state_begin[token] == p_.work.state_begin[token + 1];
     store_query();
     sync_block();
     find_limits();
@@ -145,7 +145,7 @@ class AttentionBlock {
     const std::byte* pages = p_.kv.pool + int64_t{first_row} * row_bytes_;
     const int page_mask = p_.kv.page_size - 1;
     const int thread = Shape::kWide ? static_cast<int>(threadIdx.x) : lane_id();
-#pragma unroll(Shape::kWide ? 2 : 4)  // addresses of more copies at once would spill
+#pragma unroll(Shape::kWide ? 1 : 4)  // addresses of more copies at once would spill
     for (int i = 0; i < kTokens * Layout::kRowChunks / Shape::kCopyThreads; ++i) {
       const int chunk = i * Shape::kCopyThreads + thread;
       const int row = chunk / Layout::kRowChunks;
@@ -222,7 +222,7 @@ class AttentionBlock {
     }
   }
   SAGE_DEVICE uint32_t query_word(uint32_t word) const {  // two values as f16; beyond its range: inf
-    if (p_.half == HalfType::kF16) return word;
+    if (p_.type == FloatType::kF16) return word;
     const float2 pair = unpack2<bf16>(word);
     return pack_f16(pair.x, pair.y);
   }
@@ -420,10 +420,6 @@ class AttentionBlock {
   }
 
   // ----------------------------------------------------------------------------------- finishing
-  // The states of a token, or none when this item's result is the output.
-  SAGE_DEVICE bool writes_output(int token) const {
-    return p_.work.state_begin[token] == p_.work.state_begin[token + 1];
-  }
   SAGE_DEVICE int64_t state_row(int token, int head) const {
     return (int64_t{p_.work.state_begin[token]} + item_->split) * (p_.kv.num_kv_heads * p_.group) +
            head;
@@ -435,7 +431,7 @@ class AttentionBlock {
     uint32_t words[kCount / 2];
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-      words[i] = p_.half == HalfType::kBF16 ? pack_bf16(values[2 * i], values[2 * i + 1])
+      words[i] = p_.type == FloatType::kBF16 ? pack_bf16(values[2 * i], values[2 * i + 1])
                                             : pack_f16(values[2 * i], values[2 * i + 1]);
     }
     if constexpr (kCount == 2) {
@@ -461,10 +457,9 @@ class AttentionBlock {
         if (row >= rows) continue;
         const int token = p_.work.tokens[item_->first_token + row / item_->num_heads];
         const int head = head_of_row(row);
-        const bool output = writes_output(token);
-        const float factor = (output ? inverse(sum[i][half]) : 1.f) * Traits::kOutScale;
-        const int64_t state = output ? 0 : state_row(token, head);
-        if (!output && lane_id() % 4 == 0) {
+        const float factor = (writes_output_ ? inverse(sum[i][half]) : 1.f) * Traits::kOutScale;
+        const int64_t state = writes_output_ ? 0 : state_row(token, head);
+        if (!writes_output_ && lane_id() % 4 == 0) {
           p_.states[2 * state] = maximum[i][half];
           p_.states[2 * state + 1] = sum[i][half];
         }
@@ -478,7 +473,7 @@ class AttentionBlock {
                 accumulator_pair<kType>(acc[i][2 * d], acc[i][2 * d + 1], 2 * half, word);
             pair.x *= factor;
             pair.y *= factor;
-            if (output) {
+            if (writes_output_) {
               write_output(token, head, dim, {pair.x, pair.y});
             } else {
               *reinterpret_cast<float2*>(p_.accumulators + state * p_.kv.head_dim + dim) = pair;
@@ -529,11 +524,10 @@ class AttentionBlock {
     }
     const int token = p_.work.tokens[item_->first_token + row / item_->num_heads];
     const int head = head_of_row(row);
-    const bool output = writes_output(token);
-    const float factor = (output ? inverse(total) : 1.f) * Traits::kOutScale;
-    const int64_t state = output ? 0 : state_row(token, head);
+    const float factor = (writes_output_ ? inverse(total) : 1.f) * Traits::kOutScale;
+    const int64_t state = writes_output_ ? 0 : state_row(token, head);
     const int thread = static_cast<int>(threadIdx.x) % kThreadsPerRow;
-    if (!output && thread == 0) {
+    if (!writes_output_ && thread == 0) {
       p_.states[2 * state] = highest;
       p_.states[2 * state + 1] = total;
     }
@@ -547,7 +541,7 @@ class AttentionBlock {
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[j] *= factor;
-      if (output) {
+      if (writes_output_) {
         write_output(token, head, dim, values);
       } else {
         float4* to = reinterpret_cast<float4*>(p_.accumulators + state * p_.kv.head_dim + dim);
@@ -560,7 +554,7 @@ class AttentionBlock {
   // Merges the states of the tokens for which this block was the last to write one. The merge itself
   // is the same whoever does it.
   SAGE_DEVICE void finish_tokens() {
-    if (writes_output(p_.work.tokens[item_->first_token])) return;  // then so for the whole item
+    if (writes_output_) return;
     threadfence();
     sync_block();
     const int thread = static_cast<int>(threadIdx.x);
@@ -620,10 +614,11 @@ class AttentionBlock {
   int kv_end_;
   int kv_head_;
   std::byte* query_;
-  int32_t* complete_;
+  int32_t* complete_;  // by token of the item; in the place of Q, once all warps are done with it
   float2* sums_;
   std::byte* ring_;
   std::byte* warp_ring_;
+  bool writes_output_;  // the item is all that its tokens see: no states
   int row_bytes_;
   int plane_rows_;  // of K, or of V
   int head_row_;    // the first of this kv head

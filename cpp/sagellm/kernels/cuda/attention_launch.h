@@ -30,8 +30,7 @@ struct AttentionLaunch {
 /// multiprocessor, else the longest that fits. Throws InvalidArgument when head_dim does not suit the
 /// type, Unsupported when a block may have too little shared memory.
 AttentionLaunch choose_attention(AttentionKernel kernel, KvType type, int head_dim,
-                                 size_t shared_bytes_per_block,
-                                 size_t shared_bytes_per_multiprocessor);
+                                 size_t shared_bytes_per_block);
 
 /// Queues one launch on `stream` for the `num_bins` bins of params.work. Throws InvalidArgument
 /// naming what does not fit.

@@ -5,10 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace sagellm::kernels::cuda {
+#include "sagellm/kernels/cuda/float_type.h"
 
-/// 16-bit floats of activations.
-enum class HalfType : int32_t { kBF16, kF16 };
+namespace sagellm::kernels::cuda {
 
 /// How K and V are stored. The 8-bit types carry one float scale per (token, kv head), for K and for
 /// V: value = scale * code, with scale = max|x| / 127 (int8) or max|x| / 448 (fp8 e4m3). A scale of
@@ -84,7 +83,7 @@ struct AttentionParams {
   void* out = nullptr;      // [tokens][out_stride]
   int64_t q_stride = 0;     // in elements, a multiple of 8
   int64_t out_stride = 0;   // in elements, a multiple of 8
-  HalfType half = HalfType::kBF16;  // of q and out; a 16-bit KV type must equal it
+  FloatType type = FloatType::kBF16;  // of q and out, 16 bits; a 16-bit KV type must equal it
   int32_t group = 1;                // query heads per kv head
   KvPages kv;
   const int32_t* block_tables = nullptr;  // [sequences][block_tables_stride]

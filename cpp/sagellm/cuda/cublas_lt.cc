@@ -1,0 +1,256 @@
+#include "sagellm/cuda/cublas_lt.h"
+
+#include <dlfcn.h>
+
+#include <array>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "sagellm/base/error.h"
+
+namespace sagellm::cuda {
+
+namespace {
+
+using kernels::cuda::FloatType;
+using kernels::cuda::GemmParams;
+
+// The numbers of cuBLASLt's enumerations, the same in versions 12 and 13.
+enum Status : int { kSuccess = 0 };
+enum DataType : int { kReal32 = 0, kReal16 = 2, kRealB16 = 14 };
+enum ComputeType : int { kCompute32 = 68 };
+enum DescriptorAttribute : int {
+  kTransposeA = 3,
+  kTransposeB = 4,
+  kEpilogue = 7,
+  kBiasPointer = 8,
+  kBiasType = 26
+};
+enum Operation : int32_t { kNone = 0, kTranspose = 1 };
+enum Epilogue : uint32_t { kBiasEpilogue = 4 };
+enum PreferenceAttribute : int { kMaxWorkspaceBytes = 1 };
+
+struct Algorithm {
+  std::array<uint64_t, 8> data;
+};
+struct Heuristic {
+  Algorithm algorithm;
+  size_t workspace_bytes;
+  int state;
+  float waves;
+  std::array<int, 4> reserved;
+};
+
+constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what its documentation advises for 9.0
+constexpr size_t kOldest = 120000;
+constexpr size_t kMostPlans = 4096;
+constexpr std::array<const char*, 2> kNames{"libcublasLt.so.13", "libcublasLt.so.12"};
+
+DataType data_type(FloatType type) {
+  switch (type) {
+    case FloatType::kBF16:
+      return kRealB16;
+    case FloatType::kF16:
+      return kReal16;
+    case FloatType::kF32:
+      break;
+  }
+  return kReal32;
+}
+
+/// Opens the first library that loads; its path goes to `found`, what was tried to the message.
+void* open_library(const std::vector<std::string>& folders, std::string& found) {
+  std::string tried;
+  std::vector<std::string> paths;
+  for (const std::string& folder : folders) {
+    for (const char* name : kNames) paths.push_back(folder + "/" + name);
+  }
+  paths.insert(paths.end(), kNames.begin(), kNames.end());
+  for (const std::string& path : paths) {
+    if (void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
+      found = path;
+      return library;
+    }
+    const char* error = dlerror();
+    tried += tried.empty() ? "" : "; ";
+    tried += error != nullptr ? error : path;
+  }
+  fail<DeviceError>("cuBLASLt was not found (", tried,
+                    "); pip install nvidia-cublas, or install the CUDA toolkit's libcublas");
+}
+
+}  // namespace
+
+struct CublasLtFunctions {
+  size_t (*get_version)();
+  const char* (*status_string)(int);
+  int (*create)(void** handle);
+  int (*destroy)(void* handle);
+  int (*descriptor_create)(void** descriptor, int compute_type, int scale_type);
+  int (*descriptor_destroy)(void* descriptor);
+  int (*descriptor_set)(void* descriptor, int attribute, const void* value, size_t bytes);
+  int (*layout_create)(void** layout, int type, uint64_t rows, uint64_t columns, int64_t stride);
+  int (*layout_destroy)(void* layout);
+  int (*preference_create)(void** preference);
+  int (*preference_destroy)(void* preference);
+  int (*preference_set)(void* preference, int attribute, const void* value, size_t bytes);
+  int (*heuristic)(void* handle, void* descriptor, void* a, void* b, void* c, void* d,
+                   void* preference, int requested, Heuristic* results, int* returned);
+  int (*matmul)(void* handle, void* descriptor, const void* alpha, const void* a, void* a_layout,
+                const void* b, void* b_layout, const void* beta, const void* c, void* c_layout,
+                void* d, void* d_layout, const Algorithm* algorithm, void* workspace,
+                size_t workspace_bytes, void* stream);
+
+  void check(int status, std::string_view call) const {
+    if (status == kSuccess) [[likely]] {
+      return;
+    }
+    fail<DeviceError>(call, ": ", status_string(status), " (cuBLAS status ", status, ")");
+  }
+};
+
+CublasLt::CublasLt(const std::vector<std::string>& folders)
+    : library_(open_library(folders, path_)), functions_(std::make_unique<CublasLtFunctions>()) {
+  const auto find = [this](const char* name, auto& function) {
+    void* symbol = dlsym(library_, name);
+    if (symbol == nullptr) {
+      dlclose(library_);
+      fail<DeviceError>(path_, " has no function ", name, "; install nvidia-cublas 12 or 13");
+    }
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(symbol);
+  };
+  CublasLtFunctions& f = *functions_;
+  find("cublasLtGetVersion", f.get_version);
+  find("cublasLtGetStatusString", f.status_string);
+  find("cublasLtCreate", f.create);
+  find("cublasLtDestroy", f.destroy);
+  find("cublasLtMatmulDescCreate", f.descriptor_create);
+  find("cublasLtMatmulDescDestroy", f.descriptor_destroy);
+  find("cublasLtMatmulDescSetAttribute", f.descriptor_set);
+  find("cublasLtMatrixLayoutCreate", f.layout_create);
+  find("cublasLtMatrixLayoutDestroy", f.layout_destroy);
+  find("cublasLtMatmulPreferenceCreate", f.preference_create);
+  find("cublasLtMatmulPreferenceDestroy", f.preference_destroy);
+  find("cublasLtMatmulPreferenceSetAttribute", f.preference_set);
+  find("cublasLtMatmulAlgoGetHeuristic", f.heuristic);
+  find("cublasLtMatmul", f.matmul);
+  version_ = f.get_version();
+  const int status = version_ >= kOldest ? f.create(&handle_) : kSuccess;
+  if (version_ < kOldest || status != kSuccess) {
+    const std::string reason = status != kSuccess ? f.status_string(status) : "too old";
+    dlclose(library_);
+    fail<DeviceError>(path_, ", version ", version_, ": ", reason,
+                      "; nvidia-cublas 12 or 13 and a driver that serves it are needed");
+  }
+}
+
+CublasLt::~CublasLt() {
+  (void)functions_->destroy(handle_);
+  dlclose(library_);
+}
+
+/// What the library needs to know of one shape.
+struct CublasLtGemm::Plan {
+  explicit Plan(const CublasLtFunctions& library) : functions(library) {}
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() {
+    for (void* layout : {weights, x, out}) {
+      if (layout != nullptr) (void)functions.layout_destroy(layout);
+    }
+    if (descriptor != nullptr) (void)functions.descriptor_destroy(descriptor);
+  }
+
+  const CublasLtFunctions& functions;
+  void* descriptor = nullptr;
+  void* weights = nullptr;
+  void* x = nullptr;
+  void* out = nullptr;
+  Algorithm algorithm{};
+};
+
+CublasLtGemm::CublasLtGemm(std::shared_ptr<const CublasLt> library)
+    : library_(std::move(library)), workspace_(kWorkspaceBytes) {}
+
+CublasLtGemm::~CublasLtGemm() = default;
+
+size_t CublasLtGemm::KeyHash::operator()(const Key& key) const {
+  size_t hash = 0;
+  for (const int64_t part :
+       {int64_t{key.m}, int64_t{key.n}, int64_t{key.k}, key.x_stride, key.weights_stride,
+        key.out_stride, static_cast<int64_t>(key.input) * 8 + static_cast<int64_t>(key.output) * 2 +
+                            static_cast<int64_t>(key.bias)}) {
+    hash = (hash ^ static_cast<size_t>(part)) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
+/// The library counts in columns: out^T [n, m] = (weights^T)^T [n, k] * x^T [k, m], each of them the
+/// row-major matrix read as its column-major transpose.
+std::unique_ptr<CublasLtGemm::Plan> CublasLtGemm::make_plan(const Key& key) const {
+  const CublasLtFunctions& f = library_->functions();
+  auto plan = std::make_unique<Plan>(f);
+  const auto n = static_cast<uint64_t>(key.n), k = static_cast<uint64_t>(key.k),
+             m = static_cast<uint64_t>(key.m);
+  f.check(f.descriptor_create(&plan->descriptor, kCompute32, kReal32), "cublasLtMatmulDescCreate");
+  const auto set = [&](DescriptorAttribute attribute, auto value) {
+    f.check(f.descriptor_set(plan->descriptor, attribute, &value, sizeof value),
+            "cublasLtMatmulDescSetAttribute");
+  };
+  set(kTransposeA, int32_t{kTranspose});
+  set(kTransposeB, int32_t{kNone});
+  if (key.bias) {
+    set(kEpilogue, uint32_t{kBiasEpilogue});
+    set(kBiasType, int32_t{data_type(key.input)});
+  }
+  const DataType input = data_type(key.input);
+  f.check(f.layout_create(&plan->weights, input, k, n, key.weights_stride), "cublasLtMatrixLayout");
+  f.check(f.layout_create(&plan->x, input, k, m, key.x_stride), "cublasLtMatrixLayout");
+  f.check(f.layout_create(&plan->out, data_type(key.output), n, m, key.out_stride),
+          "cublasLtMatrixLayout");
+
+  void* preference = nullptr;
+  f.check(f.preference_create(&preference), "cublasLtMatmulPreferenceCreate");
+  const std::unique_ptr<void, int (*)(void*)> owner(preference, f.preference_destroy);
+  const uint64_t workspace_bytes = kWorkspaceBytes;
+  f.check(f.preference_set(preference, kMaxWorkspaceBytes, &workspace_bytes, sizeof workspace_bytes),
+          "cublasLtMatmulPreferenceSetAttribute");
+  Heuristic best{};
+  int found = 0;
+  f.check(f.heuristic(library_->handle(), plan->descriptor, plan->weights, plan->x, plan->out,
+                      plan->out, preference, 1, &best, &found),
+          "cublasLtMatmulAlgoGetHeuristic");
+  require<DeviceError>(found > 0 && best.state == kSuccess, "cuBLASLt has no algorithm for m=", key.m,
+                       " n=", key.n, " k=", key.k);
+  plan->algorithm = best.algorithm;
+  return plan;
+}
+
+CublasLtGemm::Plan& CublasLtGemm::plan_for(const Key& key) {
+  const auto known = plans_.find(key);
+  if (known != plans_.end()) return *known->second;
+  if (plans_.size() >= kMostPlans) plans_.clear();
+  return *plans_.emplace(key, make_plan(key)).first->second;
+}
+
+void CublasLtGemm::operator()(FloatType input, FloatType output, const GemmParams& p,
+                              void* stream) {
+  if (p.m == 0 || p.n == 0) return;
+  const CublasLtFunctions& f = library_->functions();
+  Plan& plan = plan_for({p.m, p.n, p.k, p.x_stride, p.weights_stride, p.out_stride, input, output,
+                         p.bias != nullptr});
+  if (p.bias != nullptr) {
+    f.check(f.descriptor_set(plan.descriptor, kBiasPointer, &p.bias, sizeof p.bias),
+            "cublasLtMatmulDescSetAttribute");
+  }
+  const float one = 1.0f;
+  const float zero = 0.0f;
+  f.check(f.matmul(library_->handle(), plan.descriptor, &one, p.weights, plan.weights, p.x, plan.x,
+                   &zero, p.out, plan.out, p.out, plan.out, &plan.algorithm, workspace_.data(),
+                   workspace_.size(), stream),
+          "cublasLtMatmul");
+}
+
+}  // namespace sagellm::cuda

@@ -26,7 +26,8 @@ void register_runtime(py::module_& m) {
         rt::register_op_table(*capsule.get_pointer<rt::OpTableHandover>());
       },
       py::arg("capsule"),
-      "Gives a device kind the operations that another module brings, for the life of the process.");
+      "Gives a device kind the operations that another module brings, for the life of the "
+      "process.");
   runtime.def(
       "device_kinds",
       [] {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -112,3 +114,12 @@ def test_the_built_module_loads_without_a_driver_and_says_what_is_missing() -> N
         assert ";" in reason  # cause; remedy
         with pytest.raises(DeviceUnavailableError, match=re.escape(reason)):
             module.use_device(0)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
+def test_the_built_module_needs_no_cuda_library() -> None:
+    module = pytest.importorskip("sagellm._cuda", reason="sagellm._cuda is not built")
+    listed = subprocess.run(["ldd", module.__file__], capture_output=True, text=True, check=True)
+    assert "libstdc++" in listed.stdout
+    assert not re.search(r"libcu|libnv", listed.stdout), listed.stdout

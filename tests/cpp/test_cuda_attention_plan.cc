@@ -99,8 +99,7 @@ void check_plan(const AttentionPlanner& planner, const AttentionPlanOptions& o,
       for (int32_t i = 0; i < item.num_tokens; ++i) {
         const int32_t token = planner.tokens()[static_cast<size_t>(item.first_token + i)];
         const int32_t* table = batch.block_tables.data();
-        const int32_t* mine =
-            table + sequence_of[static_cast<size_t>(token)] * batch.stride;
+        const int32_t* mine = table + sequence_of[static_cast<size_t>(token)] * batch.stride;
         const int32_t* used = table + item.table * batch.stride;
         for (int32_t b = item.kv_begin / o.page_size; b <= (item.kv_end - 1) / o.page_size; ++b) {
           ASSERT_EQ(used[b], mine[b]) << "token " << token << " reads another's block";
@@ -279,7 +278,8 @@ TEST(CudaAttentionPlan, TheUploadHoldsThePlanAtFixedPlaces) {
   AttentionPlanner planner(o);
   const AttentionCapacity room = planner.capacity(8, 64, 64, 4096);
   const AttentionUpload at = planner.upload_layout(room);
-  const Batch batch = make_batch({{.context = 3000, .tokens = 1}, {.context = 90, .tokens = 60}}, 16);
+  const Batch batch =
+      make_batch({{.context = 3000, .tokens = 1}, {.context = 90, .tokens = 60}}, 16);
   planner.plan(batch.view());
   std::vector<int32_t> words(static_cast<size_t>(at.words), -1);
   planner.write_upload(room, words);

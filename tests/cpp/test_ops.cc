@@ -131,9 +131,8 @@ TEST(OpTable, AnAbsentDeviceIsRefusedUntilItsTableIsRegisteredOnce) {
   incomplete.rope = nullptr;
   EXPECT_THROW(runtime::register_op_table(Device::Kind::kCuda, &incomplete), InvalidArgument);
   EXPECT_THROW(runtime::register_op_table(Device::Kind::kCuda, nullptr), InvalidArgument);
-  const runtime::OpTableHandover other{.layout = runtime::op_table_layout() + 1,
-                                       .kind = Device::Kind::kCuda,
-                                       .table = &kCounting};
+  const runtime::OpTableHandover other{
+      .layout = runtime::op_table_layout() + 1, .kind = Device::Kind::kCuda, .table = &kCounting};
   EXPECT_THROW(runtime::register_op_table(other), InvalidArgument);
 
   const std::vector<runtime::OpTable> rivals(8, kCounting);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -57,6 +58,7 @@ def _folder(target: str) -> Path:
     return BUILD / "tests" / "cpp" / "cuda_emulation"
 
 
+@functools.cache
 def _emulated() -> ModuleType:
     return _load(next(_folder("_cuda_emulated").glob("_cuda_emulated*.so")))
 

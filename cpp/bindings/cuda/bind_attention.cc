@@ -61,16 +61,15 @@ class Attention {
     workspace_.reserve(attention_.planner(), capacity_, nullptr);
   }
 
-  void run(const DeviceArray& q, const DeviceArray& pool, int64_t slot_offset,
-           int64_t block_stride, DeviceArray& out) const {
-    const int64_t count =
-        capacity_.tokens * options_.plan.num_heads * options_.plan.head_dim;
+  void run(const DeviceArray& q, const DeviceArray& pool, int64_t slot_offset, int64_t block_stride,
+           DeviceArray& out) const {
+    const int64_t count = capacity_.tokens * options_.plan.num_heads * options_.plan.head_dim;
     const auto& plan = options_.plan;
     const int64_t slot = kernels::cuda::kv_slot_bytes(options_.kv_type, plan.page_size,
                                                       plan.num_kv_heads, plan.head_dim);
-    require<InvalidArgument>(slot_offset >= 0 && slot_offset + slot <= block_stride,
-                             "a slot of ", slot, " bytes at ", slot_offset,
-                             " does not fit in a block of ", block_stride);
+    require<InvalidArgument>(slot_offset >= 0 && slot_offset + slot <= block_stride, "a slot of ",
+                             slot, " bytes at ", slot_offset, " does not fit in a block of ",
+                             block_stride);
     cuda::AttentionStep step;
     step.q = q.elements<uint16_t>("q", count);
     step.out = out.elements<uint16_t>("out", count);
@@ -136,12 +135,12 @@ void register_attention(py::module_& m) {
       },
       "kv_type"_a, "page_size"_a, "num_kv_heads"_a, "head_dim"_a,
       "Bytes of one layer in one block.");
-  py::class_<Attention>(m, "PagedAttention",
+  py::class_<Attention>(m, "PagedAttention", py::module_local(),
                         "Attention of one kind of layer over pages in device memory.")
       .def(py::init(&make_attention), py::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
            "page_size"_a, "type"_a = "bfloat16", "kv_type"_a = "bfloat16", "scale"_a = 1.0f,
-           "window"_a = 0, "softcap"_a = 0.0f, "deterministic"_a = false,
-           "cascade_tokens"_a = 1024, "cascade_sequences"_a = 8)
+           "window"_a = 0, "softcap"_a = 0.0f, "deterministic"_a = false, "cascade_tokens"_a = 1024,
+           "cascade_sequences"_a = 8)
       .def("plan", &Attention::plan, "query_starts"_a, "positions"_a, "block_tables"_a,
            "Plans a step: query_starts [sequences + 1], positions [tokens], block_tables "
            "[sequences, blocks].")

@@ -16,7 +16,8 @@ using namespace sagellm;  // NOLINT: a binding file of the core
 
 py::dict describe(int index) {
   const cuda::DeviceInfo info = cuda::device_info(index);
-  return py::dict("name"_a = info.name, "compute_capability"_a = py::make_tuple(info.major, info.minor),
+  return py::dict("name"_a = info.name,
+                  "compute_capability"_a = py::make_tuple(info.major, info.minor),
                   "multiprocessors"_a = info.multiprocessors, "l2_bytes"_a = info.l2_bytes,
                   "shared_bytes"_a = info.shared_bytes, "total_bytes"_a = info.total_bytes);
 }
@@ -30,8 +31,8 @@ DeviceArray from_numpy(const py::array& source) {
   return array;
 }
 
-DeviceArray empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) {
-  DeviceArray array(std::move(shape), dtype);
+DeviceArray empty(std::vector<py::ssize_t> shape, const py::object& dtype) {
+  DeviceArray array(std::move(shape), py::dtype::from_args(dtype));
   cuda::fill(array.data(), 0xff, array.bytes(), nullptr);
   return array;
 }
@@ -66,10 +67,13 @@ void register_device(py::module_& m) {
         return py::make_tuple(memory.free_bytes, memory.total_bytes);
       },
       "Free and total bytes of the current device.");
-  m.def("synchronize", [] { cuda::synchronize(nullptr); }, "Waits for the default stream.");
+  m.def(
+      "synchronize", [] { cuda::synchronize(nullptr); }, "Waits for the default stream.");
 
-  py::class_<DeviceArray>(m, "DeviceArray", "A dense array in the memory of the current device.")
-      .def_property_readonly("shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape())); })
+  py::class_<DeviceArray>(m, "DeviceArray", py::module_local(),
+                          "A dense array in the memory of the current device.")
+      .def_property_readonly("shape",
+                             [](const DeviceArray& a) { return py::tuple(py::cast(a.shape())); })
       .def_property_readonly("dtype", &DeviceArray::dtype)
       .def_property_readonly("nbytes", &DeviceArray::bytes)
       .def("numpy", &to_numpy, "A copy in host memory, after all work of the default stream.");

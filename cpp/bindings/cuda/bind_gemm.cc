@@ -82,7 +82,8 @@ void register_gemm(py::module_& m) {
   m.def("gemm", &gemm, "x"_a, "weights"_a, "out"_a, "bias"_a = py::none(), "type"_a = "bfloat16",
         "out = x @ weights.T + bias with the project's own kernel; x [m, k] and weights [n, k] are "
         "`type`, out [m, n] is the same or float32.");
-  py::class_<Library>(m, "CublasLt", "cuBLASLt, opened from one of `folders` or the system.")
+  py::class_<Library>(m, "CublasLt", py::module_local(),
+                      "cuBLASLt, opened from one of `folders` or the system.")
       .def(py::init<const std::vector<std::string>&>(), "folders"_a = std::vector<std::string>{})
       .def_property_readonly("version", [](const Library& l) { return l.library->version(); })
       .def_property_readonly("path", [](const Library& l) { return l.library->path(); })

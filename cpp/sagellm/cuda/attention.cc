@@ -35,8 +35,8 @@ void grow(DeviceBuffer& buffer, int64_t bytes) {
 
 }  // namespace
 
-void AttentionWorkspace::reserve(const AttentionPlanner& planner,
-                                 const AttentionCapacity& capacity, void* stream) {
+void AttentionWorkspace::reserve(const AttentionPlanner& planner, const AttentionCapacity& capacity,
+                                 void* stream) {
   const int64_t arrival_bytes = planner.arrival_bytes(capacity.tokens);
   const bool arrivals_grow = static_cast<int64_t>(arrivals_.size()) < arrival_bytes;
   if (arrivals_grow ||

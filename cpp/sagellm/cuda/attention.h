@@ -57,8 +57,9 @@ class PagedAttention {
   AttentionPlanner& planner() { return planner_; }
   const AttentionPlanner& planner() const { return planner_; }
 
-  /// Queues the layer on `stream`. Pointers and grids depend on `capacity` alone, so that a captured
-  /// call serves every later plan within it; a kernel without capacity for items is not launched.
+  /// Queues the layer on `stream`. Pointers and grids depend on `capacity` alone, so that a
+  /// captured call serves every later plan within it; a kernel without capacity for items is not
+  /// launched.
   void run(const AttentionStep& step, const AttentionCapacity& capacity,
            const AttentionWorkspace& workspace, void* stream) const;
 

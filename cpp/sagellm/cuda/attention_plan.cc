@@ -32,14 +32,14 @@ int32_t round_down(int32_t a, int32_t b) { return a / b * b; }
 
 AttentionPlanner::AttentionPlanner(const AttentionPlanOptions& options) : options_(options) {
   const auto& o = options;
-  require<InvalidArgument>(o.num_kv_heads > 0 && o.num_heads > 0 &&
-                               o.num_heads % o.num_kv_heads == 0,
-                           "num_heads is ", o.num_heads, " and num_kv_heads ", o.num_kv_heads,
-                           "; the first must be a positive multiple of the second");
-  require<InvalidArgument>(o.head_dim > 0 && o.head_dim <= kernels::cuda::kMaxAttentionHeadDim &&
-                               o.head_dim % 8 == 0,
-                           "head_dim is ", o.head_dim, "; it must be a multiple of 8 up to ",
-                           kernels::cuda::kMaxAttentionHeadDim);
+  require<InvalidArgument>(
+      o.num_kv_heads > 0 && o.num_heads > 0 && o.num_heads % o.num_kv_heads == 0, "num_heads is ",
+      o.num_heads, " and num_kv_heads ", o.num_kv_heads,
+      "; the first must be a positive multiple of the second");
+  require<InvalidArgument>(
+      o.head_dim > 0 && o.head_dim <= kernels::cuda::kMaxAttentionHeadDim && o.head_dim % 8 == 0,
+      "head_dim is ", o.head_dim, "; it must be a multiple of 8 up to ",
+      kernels::cuda::kMaxAttentionHeadDim);
   require<InvalidArgument>(o.page_size == 16 || o.page_size == 32 || o.page_size == 64,
                            "page_size is ", o.page_size, "; it must be 16, 32 or 64");
   require<InvalidArgument>(o.window >= 0, "window is ", o.window, "; it must not be negative");
@@ -87,8 +87,8 @@ void AttentionPlanner::add_tiles(List& list, int32_t rows, int32_t table, int32_
       tile.item.kv_begin = std::max(kv_begin, oldest);
       tile.item.kv_end = shared_prefix ? first_position : position + tile.item.num_tokens;
       tile.first_unit = tile.item.kv_begin / kAttentionTileTokens;
-      tile.units = static_cast<int32_t>(ceil_div(tile.item.kv_end, kAttentionTileTokens)) -
-                   tile.first_unit;
+      tile.units =
+          static_cast<int32_t>(ceil_div(tile.item.kv_end, kAttentionTileTokens)) - tile.first_unit;
       list.tiles.push_back(tile);
     }
   }
@@ -102,8 +102,8 @@ void AttentionPlanner::find_groups(const AttentionBatch& batch) {
   if (options_.cascade_sequences == 0 || options_.window > 0) return;
 
   const int32_t grain = options_.deterministic ? kSplit : kAttentionTileTokens;
-  const auto least = static_cast<int32_t>(
-      round_up(std::max(options_.cascade_tokens, int32_t{1}), int64_t{grain}));
+  const auto least =
+      static_cast<int32_t>(round_up(std::max(options_.cascade_tokens, int32_t{1}), int64_t{grain}));
   const auto table = [&](int32_t s) {
     return batch.block_tables.data() + s * batch.block_tables_stride;
   };
@@ -159,12 +159,12 @@ void AttentionPlanner::plan(const AttentionBatch& batch) {
   const auto num_sequences = static_cast<int32_t>(batch.query_starts.size()) - 1;
   const int32_t num_tokens = batch.query_starts.back();
   require<InvalidArgument>(batch.positions.size() == static_cast<size_t>(num_tokens),
-                           "positions has ", batch.positions.size(), " values, query_starts ends at ",
-                           num_tokens);
-  require<InvalidArgument>(batch.block_tables.size() >= static_cast<size_t>(num_sequences) *
-                                                            static_cast<size_t>(
-                                                                batch.block_tables_stride),
-                           "block_tables is smaller than its sequences times its stride");
+                           "positions has ", batch.positions.size(),
+                           " values, query_starts ends at ", num_tokens);
+  require<InvalidArgument>(
+      batch.block_tables.size() >=
+          static_cast<size_t>(num_sequences) * static_cast<size_t>(batch.block_tables_stride),
+      "block_tables is smaller than its sequences times its stride");
   for (int32_t s = 0; s < num_sequences; ++s) {
     const int32_t begin = batch.query_starts[static_cast<size_t>(s)];
     const int32_t end = batch.query_starts[static_cast<size_t>(s) + 1];
@@ -173,10 +173,9 @@ void AttentionPlanner::plan(const AttentionBatch& batch) {
     const int32_t first = batch.positions[static_cast<size_t>(begin)];
     const int32_t last = batch.positions[static_cast<size_t>(end) - 1];
     for (int32_t t = begin; t < end; ++t) {
-      require<InvalidArgument>(first >= 0 && batch.positions[static_cast<size_t>(t)] ==
-                                                 first + (t - begin),
-                               "positions of sequence ", s,
-                               " are not consecutive from a position >= 0");
+      require<InvalidArgument>(
+          first >= 0 && batch.positions[static_cast<size_t>(t)] == first + (t - begin),
+          "positions of sequence ", s, " are not consecutive from a position >= 0");
     }
     require<InvalidArgument>(last / options_.page_size < batch.block_tables_stride, "sequence ", s,
                              " reaches position ", last, ", beyond its block table of ",
@@ -217,8 +216,8 @@ void AttentionPlanner::plan(const AttentionBatch& batch) {
   assign(wide_);
 }
 
-// Steps per piece: the longest pieces that fit in so and so many waves, for the number of waves that
-// ends first.
+// Steps per piece: the longest pieces that fit in so and so many waves, for the number of waves
+// that ends first.
 int32_t AttentionPlanner::choose_chunk(const List& list) const {
   if (options_.deterministic) return kSplit / kAttentionTileTokens;
   int32_t longest = 1;

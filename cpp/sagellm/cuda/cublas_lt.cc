@@ -179,16 +179,17 @@ size_t CublasLtGemm::KeyHash::operator()(const Key& key) const {
   size_t hash = 0;
   for (const int64_t part :
        {int64_t{key.m}, int64_t{key.n}, int64_t{key.k}, key.x_stride, key.weights_stride,
-        key.out_stride, static_cast<int64_t>(key.input) * 8 + static_cast<int64_t>(key.output) * 2 +
-                            static_cast<int64_t>(key.bias)}) {
+        key.out_stride,
+        static_cast<int64_t>(key.input) * 8 + static_cast<int64_t>(key.output) * 2 +
+            static_cast<int64_t>(key.bias)}) {
     hash = (hash ^ static_cast<size_t>(part)) * 0x9e3779b97f4a7c15u;
     hash ^= hash >> 32;
   }
   return hash;
 }
 
-/// The library counts in columns: out^T [n, m] = (weights^T)^T [n, k] * x^T [k, m], each of them the
-/// row-major matrix read as its column-major transpose.
+/// The library counts in columns: out^T [n, m] = (weights^T)^T [n, k] * x^T [k, m], each of them
+/// the row-major matrix read as its column-major transpose.
 std::unique_ptr<CublasLtGemm::Plan> CublasLtGemm::make_plan(const Key& key) const {
   const CublasLtFunctions& f = library_->functions();
   auto plan = std::make_unique<Plan>(f);
@@ -215,15 +216,16 @@ std::unique_ptr<CublasLtGemm::Plan> CublasLtGemm::make_plan(const Key& key) cons
   f.check(f.preference_create(&preference), "cublasLtMatmulPreferenceCreate");
   const std::unique_ptr<void, int (*)(void*)> owner(preference, f.preference_destroy);
   const uint64_t workspace_bytes = kWorkspaceBytes;
-  f.check(f.preference_set(preference, kMaxWorkspaceBytes, &workspace_bytes, sizeof workspace_bytes),
-          "cublasLtMatmulPreferenceSetAttribute");
+  f.check(
+      f.preference_set(preference, kMaxWorkspaceBytes, &workspace_bytes, sizeof workspace_bytes),
+      "cublasLtMatmulPreferenceSetAttribute");
   Heuristic best{};
   int found = 0;
   f.check(f.heuristic(library_->handle(), plan->descriptor, plan->weights, plan->x, plan->out,
                       plan->out, preference, 1, &best, &found),
           "cublasLtMatmulAlgoGetHeuristic");
-  require<DeviceError>(found > 0 && best.state == kSuccess, "cuBLASLt has no algorithm for m=", key.m,
-                       " n=", key.n, " k=", key.k);
+  require<DeviceError>(found > 0 && best.state == kSuccess,
+                       "cuBLASLt has no algorithm for m=", key.m, " n=", key.n, " k=", key.k);
   plan->algorithm = best.algorithm;
   return plan;
 }

@@ -18,8 +18,8 @@ struct CublasLtFunctions;
 /// An opened libcublasLt with a handle for the current device.
 class CublasLt {
  public:
-  /// Tries libcublasLt.so.13 and .12 in every folder, then where the system looks. Throws DeviceError
-  /// saying what was tried and how to get the library, or which version was too old.
+  /// Tries libcublasLt.so.13 and .12 in every folder, then where the system looks. Throws
+  /// DeviceError saying what was tried and how to get the library, or which version was too old.
   explicit CublasLt(const std::vector<std::string>& folders);
   CublasLt(const CublasLt&) = delete;
   CublasLt& operator=(const CublasLt&) = delete;
@@ -32,16 +32,16 @@ class CublasLt {
   const std::string& path() const { return path_; }
 
  private:
+  std::string path_;  // before library_, whose search writes it
   void* library_ = nullptr;
   std::unique_ptr<CublasLtFunctions> functions_;
   void* handle_ = nullptr;
   size_t version_ = 0;
-  std::string path_;
 };
 
-/// Products of a linear layer through cuBLASLt. The algorithm of a shape is asked for once and kept,
-/// so that equal calls give equal bits; other values of m may add in another order. Not thread-safe:
-/// one owner, one stream at a time.
+/// Products of a linear layer through cuBLASLt. The algorithm of a shape is asked for once and
+/// kept, so that equal calls give equal bits; other values of m may add in another order. Not
+/// thread-safe: one owner, one stream at a time.
 class CublasLtGemm {
  public:
   explicit CublasLtGemm(std::shared_ptr<const CublasLt> library);

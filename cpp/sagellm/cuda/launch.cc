@@ -21,10 +21,9 @@ void allow_shared(const void* kernel, size_t bytes) {
 void launch_kernel(const void* kernel, Grid grid, uint32_t threads, size_t shared_bytes,
                    void* stream, void** arguments) {
   allow_shared(kernel, shared_bytes);
-  sagellm::cuda::check(
-      cudaLaunchKernel(kernel, dim3(grid.x, grid.y, grid.z), dim3(threads), arguments,
-                       shared_bytes, sagellm::cuda::native(stream)),
-      "cudaLaunchKernel");
+  sagellm::cuda::check(cudaLaunchKernel(kernel, dim3(grid.x, grid.y, grid.z), dim3(threads),
+                                        arguments, shared_bytes, sagellm::cuda::native(stream)),
+                       "cudaLaunchKernel");
 }
 
 int resident_blocks_of(const void* kernel, uint32_t threads, size_t shared_bytes) {

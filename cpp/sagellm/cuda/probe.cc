@@ -29,8 +29,9 @@ int driver_version() {
 DeviceCount count_devices() {
   const int driver = driver_version();
   if (driver == 0) {
-    return {0, "no NVIDIA driver is loaded (libcuda.so.1 is missing); install it, or give the "
-               "container access to it"};
+    return {0,
+            "no NVIDIA driver is loaded (libcuda.so.1 is missing); install it, or give the "
+            "container access to it"};
   }
   DeviceCount devices;
   const cudaError_t error = cudaGetDeviceCount(&devices.count);

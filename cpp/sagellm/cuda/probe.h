@@ -37,8 +37,8 @@ struct DeviceMemory {
 };
 DeviceMemory device_memory();
 
-/// Makes `index` the current device of the calling thread; throws DeviceError with the reason when it
-/// cannot run these kernels.
+/// Makes `index` the current device of the calling thread; throws DeviceError with the reason when
+/// it cannot run these kernels.
 void use_device(int index);
 
 }  // namespace sagellm::cuda

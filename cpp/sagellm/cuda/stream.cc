@@ -25,7 +25,6 @@ Stream::Stream() {
 
 Stream::~Stream() { (void)cudaStreamDestroy(native(handle_)); }
 
-
 Event::Event(bool timed) {
   cudaEvent_t event = nullptr;
   check(cudaEventCreateWithFlags(&event, timed ? 0 : cudaEventDisableTiming),

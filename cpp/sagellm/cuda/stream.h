@@ -51,8 +51,8 @@ class Event {
 class Graph {
  public:
   Graph() = default;
-  /// Records what `work` queues on `stream`; `work` must not synchronize or allocate. When it throws,
-  /// the recording ends and the exception passes.
+  /// Records what `work` queues on `stream`; `work` must not synchronize or allocate. When it
+  /// throws, the recording ends and the exception passes.
   Graph(const Stream& stream, const std::function<void()>& work);
   Graph(Graph&& other) noexcept;
   Graph& operator=(Graph&& other) noexcept;

@@ -15,11 +15,10 @@ void register_emulator(py::module_& m) {
       [] {
         const cuda_emulation::Statistics s = cuda_emulation::statistics();
         cuda_emulation::statistics() = {};
-        return py::dict("launches"_a = s.launches, "matrix_products"_a = s.matrix_products,
-                        "matrix_loads"_a = s.matrix_loads,
-                        "matrix_load_phases"_a = s.matrix_load_phases,
-                        "async_copies"_a = s.async_copies,
-                        "global_bytes_streamed"_a = s.global_bytes_streamed);
+        return py::dict(
+            "launches"_a = s.launches, "matrix_products"_a = s.matrix_products,
+            "matrix_loads"_a = s.matrix_loads, "matrix_load_phases"_a = s.matrix_load_phases,
+            "async_copies"_a = s.async_copies, "global_bytes_streamed"_a = s.global_bytes_streamed);
       },
       "Counts of what kernels did since the last call.");
 }

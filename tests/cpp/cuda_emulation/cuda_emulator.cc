@@ -1,5 +1,8 @@
 #include "cuda_emulator.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <csetjmp>
 #include <csignal>
@@ -13,9 +16,6 @@
 #include <utility>
 #include <vector>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -25,7 +25,8 @@
 #error "the emulator switches fibers with x86-64 instructions"
 #endif
 
-// Saves the callee-saved registers and the stack pointer of the running fiber, loads those of another.
+// Saves the callee-saved registers and the stack pointer of the running fiber, loads those of
+// another.
 extern "C" void cuda_emulation_switch(void** save, void* load);
 asm(R"(
 .text
@@ -73,8 +74,7 @@ size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * 
 /// `alignment`.
 class GuardedMemory {
  public:
-  GuardedMemory(size_t bytes, size_t alignment)
-      : bytes_(bytes), room_(round_up(bytes, alignment)) {
+  GuardedMemory(size_t bytes, size_t alignment) : bytes_(bytes), room_(round_up(bytes, alignment)) {
     pages_ = round_up(room_, page_bytes());
     void* base = mmap(nullptr, pages_ + 2 * page_bytes(), PROT_NONE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -257,8 +257,7 @@ template <typename Last>
 void arrive(Barrier& barrier, int expected, Place place, const Last& last) {
   if (barrier.arrived == 0) {
     barrier.place = place;
-  } else if (barrier.place.line != place.line ||
-             std::strcmp(barrier.place.file, place.file) != 0) {
+  } else if (barrier.place.line != place.line || std::strcmp(barrier.place.file, place.file) != 0) {
     fail("threads meet at different places: " + describe(barrier.place) + " and " +
          describe(place));
   }
@@ -451,7 +450,8 @@ int resident_blocks(uint32_t threads, size_t shared_bytes) {
 void run_grid(GridSize grid, uint32_t threads, size_t shared_bytes,
               const std::function<void()>& kernel) {
   if (threads == 0 || threads % 32 != 0 || threads > kMaxThreads) {
-    fail("a block has " + std::to_string(threads) + " threads; whole warps up to 1024 are possible");
+    fail("a block has " + std::to_string(threads) +
+         " threads; whole warps up to 1024 are possible");
   }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     fail("a grid of " + std::to_string(grid.x) + "x" + std::to_string(grid.y) + "x" +
@@ -585,7 +585,8 @@ void cp_async_wait_groups(int pending) {
   }
 }
 
-// ------------------------------------------------------------------------------------------- numbers
+// -------------------------------------------------------------------------------------------
+// numbers
 float f16_bits_to_float(uint16_t bits) {
   _Float16 value;
   std::memcpy(&value, &bits, 2);
@@ -639,8 +640,7 @@ void load_matrices(void* const* lanes) {
         std::memcpy(&low, rows[r] + 2 * c, 2);
         std::memcpy(&high, rows[r] + 2 * (c + 1), 2);
       }
-      static_cast<Matrices*>(lanes[lane])->words[matrix] =
-          low | static_cast<uint32_t>(high) << 16;
+      static_cast<Matrices*>(lanes[lane])->words[matrix] = low | static_cast<uint32_t>(high) << 16;
     }
   }
 }
@@ -659,8 +659,8 @@ float decode_fp8(uint32_t bits) {
   const auto exponent = static_cast<int>(bits >> 3 & 15);
   const auto fraction = static_cast<float>(bits & 7);
   if ((bits & 0x7f) == 0x7f) return std::nanf("");
-  const float value = exponent == 0 ? std::ldexp(fraction, -9)
-                                    : std::ldexp(8.0f + fraction, exponent - 10);
+  const float value =
+      exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8.0f + fraction, exponent - 10);
   return (bits & 0x80) != 0 ? -value : value;
 }
 
@@ -726,14 +726,12 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                  &mine, place);
 }
 
-void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                     Place place) {
+void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place) {
   Product<int32_t> mine{c, a, b};
   warp_operation(multiply<32, 8, decode_s8, int32_t, int32_t>, &mine, place);
 }
 
-void mma_m16n8k32_fp8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                      Place place) {
+void mma_m16n8k32_fp8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place) {
   Product<float> mine{c, a, b};
   warp_operation(multiply<32, 8, decode_fp8, float, double>, &mine, place);
 }

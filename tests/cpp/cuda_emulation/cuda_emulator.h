@@ -116,11 +116,11 @@ class EmulationError : public std::runtime_error {
 /// What the kernels since the last reset did.
 struct Statistics {
   int64_t launches = 0;
-  int64_t matrix_products = 0;       // mma instructions, per warp
-  int64_t matrix_loads = 0;          // ldmatrix instructions, per warp
-  int64_t matrix_load_phases = 0;    // shared-memory wavefronts they took: four each at best
-  int64_t async_copies = 0;          // 16-byte cp.async, per thread
-  int64_t global_bytes_streamed = 0; // through load_stream, store_stream and cp.async
+  int64_t matrix_products = 0;        // mma instructions, per warp
+  int64_t matrix_loads = 0;           // ldmatrix instructions, per warp
+  int64_t matrix_load_phases = 0;     // shared-memory wavefronts they took: four each at best
+  int64_t async_copies = 0;           // 16-byte cp.async, per thread
+  int64_t global_bytes_streamed = 0;  // through load_stream, store_stream and cp.async
 };
 Statistics& statistics();
 
@@ -146,7 +146,8 @@ void run_grid(GridSize grid, uint32_t threads, size_t shared_bytes,
               const std::function<void()>& kernel);
 int resident_blocks(uint32_t threads, size_t shared_bytes);
 
-// ------------------------------------------------------------------- what kernels call (platform.cuh)
+// ------------------------------------------------------------------- what kernels call
+// (platform.cuh)
 /// A place in a kernel's source.
 struct Place {
   const char* file;
@@ -241,7 +242,8 @@ inline uint32_t atomic_inc(uint32_t* address, uint32_t limit) {
 }
 inline void threadfence() {}
 
-// ----------------------------------------------------------------------- what kernels call (ptx.cuh)
+// ----------------------------------------------------------------------- what kernels call
+// (ptx.cuh)
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 float f16_bits_to_float(uint16_t bits);

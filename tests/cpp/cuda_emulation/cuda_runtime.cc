@@ -1,6 +1,4 @@
 // The emulated CUDA runtime: memory, streams, events and graphs.
-#include "cuda_runtime_api.h"
-
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "cuda_emulator.h"
+#include "cuda_runtime_api.h"
 
 struct EmulatedStream {
   bool capturing = false;
@@ -39,9 +38,8 @@ namespace cuda_emulation {
 
 void launch(GridSize grid, uint32_t threads, size_t shared_bytes, void* stream,
             std::function<void()> kernel) {
-  enqueue(static_cast<cudaStream_t>(stream), [=, kernel = std::move(kernel)] {
-    run_grid(grid, threads, shared_bytes, kernel);
-  });
+  enqueue(static_cast<cudaStream_t>(stream),
+          [=, kernel = std::move(kernel)] { run_grid(grid, threads, shared_bytes, kernel); });
 }
 
 }  // namespace cuda_emulation
@@ -84,9 +82,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
-}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

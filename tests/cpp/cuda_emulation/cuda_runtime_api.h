@@ -1,6 +1,6 @@
-// The part of the CUDA runtime that sagellm calls, over the emulated device. It shadows the header of
-// the same name in builds of the emulator. Work on a stream happens at once, unless the stream is
-// being captured: then it happens when the graph is launched.
+// The part of the CUDA runtime that sagellm calls, over the emulated device. It shadows the header
+// of the same name in builds of the emulator. Work on a stream happens at once, unless the stream
+// is being captured: then it happens when the graph is launched.
 #pragma once
 
 #include <cstddef>

@@ -66,7 +66,8 @@ TEST(Ldmatrix, GivesLaneItsPairOfItsRow) {
 TEST(Ldmatrix, TransposedGivesLaneItsPairOfItsColumn) {
   std::vector<uint32_t> words(128);
   launch(load_numbered, Grid{}, kWarp, 512, nullptr, {words.data(), true});
-  // Lane 0: (0, 0), (1, 0). Lane 5 = 4 * 1 + 1: column 1 of rows 2, 3. Lane 31: column 7, rows 6, 7.
+  // Lane 0: (0, 0), (1, 0). Lane 5 = 4 * 1 + 1: column 1 of rows 2, 3. Lane 31: column 7, rows
+  // 6, 7.
   EXPECT_EQ(words[0 * 4 + 0], (8u << 16) | 0u);
   EXPECT_EQ(words[5 * 4 + 0], (25u << 16) | 17u);
   EXPECT_EQ(words[31 * 4 + 0], (63u << 16) | 55u);
@@ -105,8 +106,8 @@ int landing(void (*kernel)(OneProduct), OneProduct product) {
   return place;
 }
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": with groupID = lane / 4 and
-// t = lane % 4, A's a0, a1 are (groupID, 2t + i), a2, a3 (groupID + 8, same), a4, a5 (groupID,
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": with groupID = lane / 4
+// and t = lane % 4, A's a0, a1 are (groupID, 2t + i), a2, a3 (groupID + 8, same), a4, a5 (groupID,
 // 2t + 8 + i), a6, a7 (groupID + 8, 2t + 8 + i); B's b0, b1 are (2t + i, groupID), b2, b3 8 deeper;
 // C's c0, c1 are (groupID, 2t + i), c2, c3 (groupID + 8, 2t + i).
 TEST(MmaM16N8K16, FragmentsLieAsThePtxIsaSays) {
@@ -142,12 +143,12 @@ void multiply_integers(OneInteger p) {
 }
 
 // "Matrix Fragments for mma.m16n8k32": A's a0 .. a3 are (groupID, 4t + i), a4 .. a7 8 rows down,
-// a8 .. a11 (groupID, 4t + 16 + i), a12 .. a15 both; B's b0 .. b3 are (4t + i, groupID), b4 .. b7 16
-// deeper.
+// a8 .. a11 (groupID, 4t + 16 + i), a12 .. a15 both; B's b0 .. b3 are (4t + i, groupID), b4 .. b7
+// 16 deeper.
 TEST(MmaM16N8K32, FragmentsLieAsThePtxIsaSays) {
   std::vector<int32_t> c(128);
-  // A lane 9, word 3, byte 2: (2 + 8, 4 + 2 + 16 = 22). B lane 29, word 1, byte 2: (22, 7). C (10, 7):
-  // lane 4 * 2 + 3, register 3.
+  // A lane 9, word 3, byte 2: (2 + 8, 4 + 2 + 16 = 22). B lane 29, word 1, byte 2: (22, 7). C (10,
+  // 7): lane 4 * 2 + 3, register 3.
   launch(multiply_integers, Grid{}, kWarp, 0, nullptr, {9, 3, 2, 29, 1, 2, c.data()});
   for (size_t i = 0; i < c.size(); ++i) EXPECT_EQ(c[i], i == 11 * 4 + 3 ? 7 - 15 : 7) << i;
 }
@@ -171,14 +172,14 @@ TEST(Fp8, DecodesEveryCodeAndEncodesItBack) {
   for (int i = 0; i < 256; ++i) {  // e4m3 by its definition
     const int exponent = i >> 3 & 15;
     const float fraction = static_cast<float>(i & 7) / 8.0f;
-    const float value = exponent == 0 ? std::ldexp(fraction, -6)
-                                      : std::ldexp(1.0f + fraction, exponent - 7);
+    const float value =
+        exponent == 0 ? std::ldexp(fraction, -6) : std::ldexp(1.0f + fraction, exponent - 7);
     values[static_cast<size_t>(i)] = (i & 0x80) != 0 ? -value : value;
   }
   launch(convert_fp8, Grid{}, kWarp, 0, nullptr, {codes.data(), values.data(), decoded.data()});
   for (int i = 0; i < 256; ++i) {
     const auto at = static_cast<size_t>(i);
-    EXPECT_EQ(decoded[at], values[at]) << i;  // the NaN patterns decode to 480
+    EXPECT_EQ(decoded[at], values[at]) << i;                    // the NaN patterns decode to 480
     EXPECT_EQ(codes[at], (i & 0x7f) == 0x7f ? i - 1 : i) << i;  // and 480 saturates
   }
 }
@@ -189,10 +190,10 @@ TEST(Fp8, RoundsToNearestEven) {
   values[0] = 1.0625f;  // between 1 (0x38) and 1.125 (0x39): even
   values[1] = 1.1875f;  // between 1.125 (0x39) and 1.25 (0x3a): even
   values[2] = 1.07f;
-  values[3] = std::ldexp(1.0f, -10);         // between 0 and the smallest: even
-  values[4] = std::ldexp(1.5f, -9);          // between 1 and 2 smallest: even
+  values[3] = std::ldexp(1.0f, -10);  // between 0 and the smallest: even
+  values[4] = std::ldexp(1.5f, -9);   // between 1 and 2 smallest: even
   values[5] = 1e9f;
-  values[6] = std::ldexp(7.75f, -9);         // rounds up to the smallest normal
+  values[6] = std::ldexp(7.75f, -9);  // rounds up to the smallest normal
   launch(convert_fp8, Grid{}, kWarp, 0, nullptr, {codes.data(), values.data(), decoded.data()});
   codes.resize(7);
   EXPECT_EQ(codes, (std::vector<uint8_t>{0x38, 0x3a, 0x39, 0x00, 0x02, 0x7e, 0x08}));
@@ -254,8 +255,10 @@ void read_shared(Access p) { shared_memory<float>()[0] = shared_memory<float>()[
 #if !defined(__SANITIZE_ADDRESS__)  // which reports these itself
 TEST(Mistakes, AccessOutsideMemory) {
   auto* memory = static_cast<float*>(cuda_emulation::allocate(4096));
-  EXPECT_PRED2(contains, failure_of(read_global, 32, 0, {memory, 1024}), "0 bytes behind an allocation of 4096 bytes (block 0,0,0 thread 3)");
-  EXPECT_PRED2(contains, failure_of(read_shared, 32, 2048, {nullptr, 512}), "0 bytes behind shared memory of 2048 bytes");
+  EXPECT_PRED2(contains, failure_of(read_global, 32, 0, {memory, 1024}),
+               "0 bytes behind an allocation of 4096 bytes (block 0,0,0 thread 3)");
+  EXPECT_PRED2(contains, failure_of(read_shared, 32, 2048, {nullptr, 512}),
+               "0 bytes behind shared memory of 2048 bytes");
   EXPECT_EQ(failure_of(read_global, 32, 0, {memory, 1023}), "no error");  // and goes on working
   cuda_emulation::release(memory);
 }
@@ -295,8 +298,10 @@ TEST(Mistakes, CopiesReadBeforeTheWaitArePoison) {
   EXPECT_EQ(out[1], 0u);  // not valid: zeros
   launch(copy_asynchronously, Grid{}, kWarp, 512, nullptr, {from, out.data(), false});
   EXPECT_EQ(out[0], 0xffff'ffffu);
-  EXPECT_PRED2(contains, failure_of(copy_asynchronously, kWarp, 512, {from + 1, out.data(), true}), "aligned");
-  EXPECT_PRED2(contains, failure_of(copy_asynchronously, kWarp, 256, {from, out.data(), true}), "outside shared memory");
+  EXPECT_PRED2(contains, failure_of(copy_asynchronously, kWarp, 512, {from + 1, out.data(), true}),
+               "aligned");
+  EXPECT_PRED2(contains, failure_of(copy_asynchronously, kWarp, 256, {from, out.data(), true}),
+               "outside shared memory");
 }
 
 struct Race {

@@ -1,11 +1,12 @@
 // Paged attention, in two shapes of one kernel.
 //
-// Narrow (decode): a tile has 16 rows, the query heads of one kv head and of up to 16 / group tokens.
-// Each of the four warps takes 16 tokens of every step of 64, copies them for itself and keeps (m, l,
-// acc) of its own; nothing waits for the block until the end, where the four states merge.
+// Narrow (decode): a tile has 16 rows, the query heads of one kv head and of up to 16 / group
+// tokens. Each of the four warps takes 16 tokens of every step of 64, copies them for itself and
+// keeps (m, l, acc) of its own; nothing waits for the block until the end, where the four states
+// merge.
 //
 // Wide (prefill, shared prefixes): a tile has 64 or 128 rows; each warp takes a quarter of the rows
-// and all 64 tokens of a step, which the block copies together.
+// and all tokens of a step (32 or 64), which the block copies together.
 //
 // Copies run ahead through a ring of p.ring entries; an entry is K or V of one step. The grid of
 // steps is absolute, and a step in which a row sees nothing leaves its state exactly as it was: a
@@ -23,8 +24,10 @@ struct AttentionShape {
   static constexpr bool kWide = kKernel == AttentionKernel::kWide;
   static constexpr int kWarps = kAttentionThreads / kWarpSize;
   static constexpr int kRows = kWide ? wide_rows(kDim) : kNarrowRows;
-  static constexpr int kTiles = kWide ? kRows / kWarps / 16 : 1;    // of 16 rows, per warp
-  static constexpr int kTokens = kWide ? kAttentionTileTokens : 16;  // per warp and step
+  static constexpr int kTiles = kWide ? kRows / kWarps / 16 : 1;  // of 16 rows, per warp
+  // Per warp and step. Scores of 64 tokens would not fit in registers beside wide accumulators.
+  static constexpr int kTokens = !kWide ? 16 : kDim <= 64 ? 64 : 32;
+  static constexpr int kStep = kWide ? kTokens : kAttentionTileTokens;
   static constexpr bool kQueryInRegisters = !kWide && kDim <= 128;
   static constexpr int kCopyThreads = kWide ? kAttentionThreads : kWarpSize;
   static constexpr int kEntryBytes = Layout::entry_bytes(kTokens);  // of a warp, or of the block
@@ -47,33 +50,22 @@ class AttentionBlock {
   static constexpr float kLog2E = 1.4426950408889634f;
 
  public:
-  SAGE_DEVICE AttentionBlock(const AttentionParams& p, int kv_head) : p_(p), kv_head_(kv_head) {
-    std::byte* shared = shared_memory<std::byte>();
-    query_ = shared;
-    complete_ = reinterpret_cast<int32_t*>(shared);
-    sums_ = reinterpret_cast<float2*>(shared + Shape::kQueryBytes);
-    ring_ = shared + Shape::kFixedBytes;
-    warp_ring_ = Shape::kWide ? ring_ : ring_ + warp_id() * Shape::kEntryBytes;
-    row_bytes_ = p.kv.head_dim * Traits::kBytes;
-    plane_rows_ = p.kv.page_size * p.kv.num_kv_heads;
-    head_row_ = p.kv.page_size * kv_head;
-  }
+  SAGE_DEVICE explicit AttentionBlock(const AttentionParams& p) : p_(p) {}
 
-  SAGE_DEVICE void run(const AttentionItem* item) {
+  SAGE_DEVICE void run(int item) {
     item_ = item;
-    kv_begin_ = item->kv_begin;
-    kv_end_ = item->kv_end;
-    first_step_ = kv_begin_ / kAttentionTileTokens;
-    num_entries_ =
-        2 * ((kv_end_ + kAttentionTileTokens - 1) / kAttentionTileTokens - first_step_);
-    next_page_ = page_of_step(first_step_);
+    table_ = this_item().table;
+    kv_begin_ = this_item().kv_begin;
+    kv_end_ = this_item().kv_end;
+    next_page_ = page_of_step(first_step());
     for (int e = 0; e < p_.ring - 1; ++e) {
       start_copy(e);
       cp_async_commit();
     }
-    const int token = p_.work.tokens[item->first_token];  // all of an item's tokens are alike
+    const int token = p_.work.tokens[this_item().first_token];  // all of an item's tokens are alike
     writes_output_ = p_.work.state_begin[token] == p_.work.state_begin[token + 1];
     store_query();
+    store_ends();
     sync_block();
     find_limits();
 
@@ -89,15 +81,14 @@ class AttentionBlock {
       uint32_t fragments[kDim / 16][4];
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step) {
-        load_query<kDim, kType>(fragments[step], query_, step);
+        load_query<kDim, kType>(fragments[step], query(), step);
       }
       attend(acc, maximum, sum, [&](uint32_t(&a)[4], int, int step) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) a[w] = fragments[step][w];
       });
     } else {
-      const int row = Shape::kWide ? warp_id() * 16 * kTiles : 0;
-      const std::byte* q = query_ + row * Layout::kQueryStride;
+      const std::byte* q = query() + first_row() * Layout::kQueryStride;
       attend(acc, maximum, sum, [&](uint32_t(&a)[4], int tile, int step) {
         load_query<kDim, kType>(a, q + tile * 16 * Layout::kQueryStride, step);
       });
@@ -120,46 +111,50 @@ class AttentionBlock {
 
  private:
   // ------------------------------------------------------------------------------------- loading
-  // The block that holds 16 tokens of a step: those of this warp, or group lane % 4 of all 64.
-  // Outside the item's range it is the block of the nearest token inside.
+  // The block that holds 16 tokens of a step: this warp's, or group lane % (kTokens / 16) of those
+  // that all warps share. Outside the item's range it is the block of the nearest token inside.
   SAGE_DEVICE int page_of_step(int step) const {
-    const int group = Shape::kWide ? lane_id() % 4 : warp_id();
-    const int token = step * kAttentionTileTokens + group * 16;
+    const int group = Shape::kWide ? lane_id() % (kTokens / 16) : warp_id();
+    const int token = step * Shape::kStep + group * 16;
     const int inside = min(max(token, kv_begin_), kv_end_ - 1);
     const int page_shift = p_.kv.page_size == 16 ? 4 : p_.kv.page_size == 32 ? 5 : 6;
-    return p_.block_tables[item_->table * p_.block_tables_stride + (inside >> page_shift)];
+    return p_.block_tables[table_ * p_.block_tables_stride + (inside >> page_shift)];
   }
 
   // Entry 2 n is K of step n, entry 2 n + 1 its V. Called for ascending entries.
   SAGE_DEVICE void start_copy(int entry) {
-    if (entry >= num_entries_) return;
+    if (entry >= num_entries()) return;
     const bool values = entry % 2 != 0;
-    const int step = first_step_ + entry / 2;
+    const int step = first_step() + entry / 2;
     if (!values) {
       page_ = next_page_;
-      if (entry + 2 < num_entries_) next_page_ = page_of_step(step + 1);
+      if (entry + 2 < num_entries()) next_page_ = page_of_step(step + 1);
     }
-    const int first_token = step * kAttentionTileTokens + (Shape::kWide ? 0 : warp_id() * 16);
-    std::byte* to = warp_ring_ + entry % p_.ring * Shape::kStepBytes;
-    const int first_row = head_row_ + (values ? plane_rows_ : 0);
-    const std::byte* pages = p_.kv.pool + int64_t{first_row} * row_bytes_;
+    const int first_token = step * Shape::kStep + (Shape::kWide ? 0 : warp_id() * 16);
+    std::byte* to = warp_ring() + entry % p_.ring * Shape::kStepBytes;
+    const int first_row = head_row() + (values ? plane_rows() : 0);
+    const std::byte* pages = p_.kv.pool + int64_t{first_row} * row_bytes();
     const int page_mask = p_.kv.page_size - 1;
     const int thread = Shape::kWide ? static_cast<int>(threadIdx.x) : lane_id();
-#pragma unroll(Shape::kWide ? 1 : 4)  // addresses of more copies at once would spill
-    for (int i = 0; i < kTokens * Layout::kRowChunks / Shape::kCopyThreads; ++i) {
-      const int chunk = i * Shape::kCopyThreads + thread;
+    constexpr int kChunks = kTokens * Layout::kRowChunks;
+#pragma unroll(Shape::kWide ? 2 : 4)  // addresses of more copies at once would spill
+    for (int i = 0; i < (kChunks + Shape::kCopyThreads - 1) / Shape::kCopyThreads; ++i) {
+      const int index = i * Shape::kCopyThreads + thread;
+      const int chunk = min(index, kChunks - 1);
       const int row = chunk / Layout::kRowChunks;
       const int column = chunk % Layout::kRowChunks * 16;
       const int token = first_token + row;
       const int64_t page = Shape::kWide ? shfl(page_, row / 16) : page_;
-      const bool inside = token >= kv_begin_ && token < kv_end_ && column < row_bytes_;
+      const bool inside = token >= kv_begin_ && token < kv_end_ && column < row_bytes();
       const std::byte* from = pages + page * p_.kv.block_stride +
-                              (token & page_mask) * row_bytes_ + (inside ? column : 0);
-      cp_async_16(to + row * Layout::kRowStride + column, from, inside);
+                              (token & page_mask) * row_bytes() + (inside ? column : 0);
+      if (kChunks % Shape::kCopyThreads == 0 || index < kChunks) {
+        cp_async_16(to + row * Layout::kRowStride + column, from, inside);
+      }
     }
     if constexpr (KvTraits<kType>::kHasScales) {  // four tokens at a time; those outside are masked
       const std::byte* scales =
-          p_.kv.pool + int64_t{2 * plane_rows_} * row_bytes_ + int64_t{first_row} * 4;
+          p_.kv.pool + int64_t{2 * plane_rows()} * row_bytes() + int64_t{first_row} * 4;
       const int row = min(thread, kTokens / 4 - 1) * 4;
       const int64_t page = Shape::kWide ? shfl(page_, row / 16) : page_;
       if (thread < kTokens / 4) {
@@ -194,24 +189,24 @@ class AttentionBlock {
     }
     start_copy(entry + p_.ring - 1);
     cp_async_commit();
-    return warp_ring_ + entry % p_.ring * Shape::kStepBytes;
+    return warp_ring() + entry % p_.ring * Shape::kStepBytes;
   }
 
   // Rows of Q in the type of the products; rows and dimensions beyond the tile's are zeros.
   SAGE_DEVICE void store_query() const {
     constexpr int kChunks = kDim / 8;
-    const int rows = item_->num_tokens * item_->num_heads;
+    const int rows = this_item().num_tokens * this_item().num_heads;
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kRows * kChunks;
          i += kAttentionThreads) {
       const int row = i / kChunks;
       const int chunk = i % kChunks;
       uint4 words{0, 0, 0, 0};
       if (row < rows && chunk * 8 < p_.kv.head_dim) {
-        const int64_t token = p_.work.tokens[item_->first_token + row / item_->num_heads];
+        const int64_t token = p_.work.tokens[this_item().first_token + row / this_item().num_heads];
         words = load_stream(static_cast<const uint16_t*>(p_.q) + token * p_.q_stride +
                             int64_t{head_of_row(row)} * p_.kv.head_dim + chunk * 8);
       }
-      std::byte* to = query_ + row * Layout::kQueryStride;
+      std::byte* to = query() + row * Layout::kQueryStride;
       if constexpr (!KvTraits<kType>::kHasScales) {
         *reinterpret_cast<uint4*>(to + chunk * 16) = words;
       } else {  // pairs 0 2 4 6 of sixteen dimensions, then 1 3 5 7: see the note on 8-bit K
@@ -221,57 +216,58 @@ class AttentionBlock {
       }
     }
   }
-  SAGE_DEVICE uint32_t query_word(uint32_t word) const {  // two values as f16; beyond its range: inf
+  SAGE_DEVICE uint32_t
+  query_word(uint32_t word) const {  // two values as f16; beyond its range: inf
     if (p_.type == FloatType::kF16) return word;
     const float2 pair = unpack2<bf16>(word);
     return pack_f16(pair.x, pair.y);
   }
   SAGE_DEVICE int head_of_row(int row) const {
-    return kv_head_ * p_.group + item_->first_head + row % item_->num_heads;
+    return kv_head() * p_.group + this_item().first_head + row % this_item().num_heads;
   }
 
-  // ---------------------------------------------------------------------------------- what rows see
-  SAGE_DEVICE void find_limits() {
-    const int rows = item_->num_tokens * item_->num_heads;
-    int least_end = kv_end_;
-    int most_end = 0;
-    int most_begin = kv_begin_;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(i, half);
-        end_[i][half] = kv_end_;  // rows beyond the tile see anything; they are not written
-        if (row < rows) {
-          const int token = p_.work.tokens[item_->first_token + row / item_->num_heads];
-          end_[i][half] = p_.positions[token] + 1;
-          most_end = max(most_end, end_[i][half]);
-          if (p_.window > 0) most_begin = max(most_begin, end_[i][half] - p_.window);
-        }
-        least_end = min(least_end, end_[i][half]);
-      }
-    }
-#pragma unroll
-    for (int mask = 4; mask < kWarpSize; mask *= 2) {  // lanes of a quad have the same rows
-      least_end = min(least_end, shfl_xor(least_end, mask));
-      most_end = max(most_end, shfl_xor(most_end, mask));
-      most_begin = max(most_begin, shfl_xor(most_begin, mask));
-    }
-    all_begin_ = most_begin;
-    all_end_ = least_end;
-    any_end_ = most_end;
+  // ---------------------------------------------------------------------------------- what rows
+  // see A row sees tokens before its end, which lies in the space between the rows of Q. Rows
+  // beyond the tile see everything; they are not written.
+  SAGE_DEVICE int32_t* end_of_row(int row) const {
+    return reinterpret_cast<int32_t*>(query() + row * Layout::kQueryStride + kDim * 2);
   }
+  SAGE_DEVICE void store_ends() const {
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= Shape::kRows) return;
+    int end = kv_end_;
+    if (row < this_item().num_tokens * this_item().num_heads) {
+      end = p_.positions[p_.work.tokens[this_item().first_token + row / this_item().num_heads]] + 1;
+    }
+    *end_of_row(row) = end;
+  }
+  SAGE_DEVICE void find_limits() {
+    const int rows = this_item().num_tokens * this_item().num_heads;
+    all_begin_ = kv_begin_;
+    all_end_ = kv_end_;
+    any_end_ = 0;
+#pragma unroll 1
+    for (int i = 0; i < 16 * kTiles; ++i) {
+      const int row = first_row() + i;
+      if (row >= rows) break;
+      const int end = *end_of_row(row);
+      if (p_.window > 0) all_begin_ = max(all_begin_, end - p_.window);
+      all_end_ = min(all_end_, end);
+      any_end_ = max(any_end_, end);
+    }
+  }
+  SAGE_DEVICE int first_row() const { return Shape::kWide ? warp_id() * 16 * kTiles : 0; }
   SAGE_DEVICE int row_of(int tile, int half) const {
-    return (Shape::kWide ? warp_id() * 16 * kTiles : 0) + tile * 16 + half * 8 + lane_id() / 4;
+    return first_row() + tile * 16 + half * 8 + lane_id() / 4;
   }
 
   // ----------------------------------------------------------------------------------- computing
   template <typename Query>
   SAGE_DEVICE void attend(float (&acc)[kTiles][kDim / 8][4], float (&maximum)[kTiles][2],
                           float (&sum)[kTiles][2], const Query& query) {
-    for (int entry = 0; entry < num_entries_; entry += 2) {
-      const int first_token = (first_step_ + entry / 2) * kAttentionTileTokens +
-                              (Shape::kWide ? 0 : warp_id() * 16);
+    for (int entry = 0; entry < num_entries(); entry += 2) {
+      const int first_token =
+          (first_step() + entry / 2) * Shape::kStep + (Shape::kWide ? 0 : warp_id() * 16);
       const bool seen = first_token < any_end_ && first_token + kTokens > kv_begin_;
       float s[kTiles][kTokens / 8][4] = {};
       const std::byte* keys = next_entry(entry);
@@ -295,8 +291,7 @@ class AttentionBlock {
   }
 
   // What softmax() cannot fold into its one multiplication.
-  SAGE_DEVICE void scale_scores(float (&s)[kTiles][kTokens / 8][4],
-                                const std::byte* scales) const {
+  SAGE_DEVICE void scale_scores(float (&s)[kTiles][kTokens / 8][4], const std::byte* scales) const {
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
       float2 token_scale{1.f, 1.f};
@@ -309,7 +304,8 @@ class AttentionBlock {
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if constexpr (KvTraits<kType>::kHasScales) s[i][n][j] *= j % 2 == 0 ? token_scale.x : token_scale.y;
+          if constexpr (KvTraits<kType>::kHasScales)
+            s[i][n][j] *= j % 2 == 0 ? token_scale.x : token_scale.y;
         }
       }
     }
@@ -332,22 +328,26 @@ class AttentionBlock {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int n = 0; n < kTokens / 8; ++n) {
+      for (int half = 0; half < 2; ++half) {
+        const int row_end = *end_of_row(row_of(i, half));
+        const int begin = max(kv_begin_, row_end - window) - first_token - lane_id() % 4 * 2;
+        const int end = min(kv_end_, row_end) - first_token - lane_id() % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int token = first_token + n * 8 + lane_id() % 4 * 2 + j % 2;
-          const bool seen = token >= max(kv_begin_, end_[i][j / 2] - window) &&
-                            token < min(kv_end_, end_[i][j / 2]);
-          s[i][n][j] = seen ? s[i][n][j] : -INFINITY;
+        for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int token = n * 8 + j;
+            float& score = s[i][n][2 * half + j];
+            score = token >= begin && token < end ? score : -INFINITY;
+          }
         }
       }
     }
   }
 
   // Scores become exp2(score - maximum); what was summed under a lower maximum shrinks.
-  SAGE_DEVICE void softmax(float (&s)[kTiles][kTokens / 8][4],
-                           float (&acc)[kTiles][kDim / 8][4], float (&maximum)[kTiles][2],
-                           float (&sum)[kTiles][2]) const {
+  SAGE_DEVICE void softmax(float (&s)[kTiles][kTokens / 8][4], float (&acc)[kTiles][kDim / 8][4],
+                           float (&maximum)[kTiles][2], float (&sum)[kTiles][2]) const {
     const float factor = (p_.softcap > 0.f ? p_.softcap : p_.scale) * kLog2E;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -421,7 +421,8 @@ class AttentionBlock {
 
   // ----------------------------------------------------------------------------------- finishing
   SAGE_DEVICE int64_t state_row(int token, int head) const {
-    return (int64_t{p_.work.state_begin[token]} + item_->split) * (p_.kv.num_kv_heads * p_.group) +
+    return (int64_t{p_.work.state_begin[token]} + this_item().split) *
+               (p_.kv.num_kv_heads * p_.group) +
            head;
   }
   template <int kCount>
@@ -432,7 +433,7 @@ class AttentionBlock {
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       words[i] = p_.type == FloatType::kBF16 ? pack_bf16(values[2 * i], values[2 * i + 1])
-                                            : pack_f16(values[2 * i], values[2 * i + 1]);
+                                             : pack_f16(values[2 * i], values[2 * i + 1]);
     }
     if constexpr (kCount == 2) {
       *reinterpret_cast<uint32_t*>(to) = words[0];
@@ -448,14 +449,14 @@ class AttentionBlock {
   // Wide: every lane writes what it holds.
   SAGE_DEVICE void finish_rows(const float (&acc)[kTiles][kDim / 8][4],
                                const float (&maximum)[kTiles][2], const float (&sum)[kTiles][2]) {
-    const int rows = item_->num_tokens * item_->num_heads;
+    const int rows = this_item().num_tokens * this_item().num_heads;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row_of(i, half);
         if (row >= rows) continue;
-        const int token = p_.work.tokens[item_->first_token + row / item_->num_heads];
+        const int token = p_.work.tokens[this_item().first_token + row / this_item().num_heads];
         const int head = head_of_row(row);
         const float factor = (writes_output_ ? inverse(sum[i][half]) : 1.f) * Traits::kOutScale;
         const int64_t state = writes_output_ ? 0 : state_row(token, head);
@@ -469,8 +470,7 @@ class AttentionBlock {
           for (int word = 0; word < 2; ++word) {
             const int dim = accumulator_dim<kType>(d, word);
             if (dim >= p_.kv.head_dim) continue;
-            float2 pair =
-                accumulator_pair<kType>(acc[i][2 * d], acc[i][2 * d + 1], 2 * half, word);
+            float2 pair = accumulator_pair<kType>(acc[i][2 * d], acc[i][2 * d + 1], 2 * half, word);
             pair.x *= factor;
             pair.y *= factor;
             if (writes_output_) {
@@ -488,11 +488,11 @@ class AttentionBlock {
   SAGE_DEVICE void merge_warps(const float (&acc)[kTiles][kDim / 8][4],
                                const float (&maximum)[kTiles][2], const float (&sum)[kTiles][2]) {
     sync_block();  // all warps have left the ring
-    float* merge = reinterpret_cast<float*>(ring_);
+    float* merge = reinterpret_cast<float*>(ring());
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_id() * kNarrowRows + half * 8 + lane_id() / 4;
-      if (lane_id() % 4 == 0) sums_[row] = float2{maximum[0][half], sum[0][half]};
+      if (lane_id() % 4 == 0) sums()[row] = float2{maximum[0][half], sum[0][half]};
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) {
 #pragma unroll
@@ -507,22 +507,22 @@ class AttentionBlock {
 
     constexpr int kThreadsPerRow = kAttentionThreads / kNarrowRows;
     const int row = static_cast<int>(threadIdx.x) / kThreadsPerRow;
-    if (row >= item_->num_tokens * item_->num_heads) return;
+    if (row >= this_item().num_tokens * this_item().num_heads) return;
     float highest = -INFINITY;
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      highest = fmaxf(highest, sums_[w * kNarrowRows + row].x);
+      highest = fmaxf(highest, sums()[w * kNarrowRows + row].x);
     }
     const float base = exponent_base(highest);
     float weight[Shape::kWarps];
     float total = 0.f;
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      const float2 one = sums_[w * kNarrowRows + row];
+      const float2 one = sums()[w * kNarrowRows + row];
       weight[w] = ex2(one.x - base);
       total = fmaf(one.y, weight[w], total);
     }
-    const int token = p_.work.tokens[item_->first_token + row / item_->num_heads];
+    const int token = p_.work.tokens[this_item().first_token + row / this_item().num_heads];
     const int head = head_of_row(row);
     const float factor = (writes_output_ ? inverse(total) : 1.f) * Traits::kOutScale;
     const int64_t state = writes_output_ ? 0 : state_row(token, head);
@@ -551,25 +551,25 @@ class AttentionBlock {
     }
   }
 
-  // Merges the states of the tokens for which this block was the last to write one. The merge itself
-  // is the same whoever does it.
+  // Merges the states of the tokens for which this block was the last to write one. The merge
+  // itself is the same whoever does it.
   SAGE_DEVICE void finish_tokens() {
     if (writes_output_) return;
     threadfence();
     sync_block();
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread < item_->num_tokens) {
-      const int token = p_.work.tokens[item_->first_token + thread];
+    if (thread < this_item().num_tokens) {
+      const int token = p_.work.tokens[this_item().first_token + thread];
       const int states = p_.work.state_begin[token + 1] - p_.work.state_begin[token];
-      int32_t* arrivals = p_.arrivals + int64_t{token} * p_.kv.num_kv_heads + kv_head_;
-      const int arrived = atomic_add(arrivals, item_->num_heads) + item_->num_heads;
-      complete_[thread] = arrived == states * p_.group;
+      int32_t* arrivals = p_.arrivals + int64_t{token} * p_.kv.num_kv_heads + kv_head();
+      const int arrived = atomic_add(arrivals, this_item().num_heads) + this_item().num_heads;
+      complete()[thread] = arrived == states * p_.group;
       if (arrived == states * p_.group) *arrivals = 0;  // ready for the next launch
       threadfence();
     }
     sync_block();
-    for (int i = 0; i < item_->num_tokens; ++i) {
-      if (complete_[i] != 0) merge_states(p_.work.tokens[item_->first_token + i]);
+    for (int i = 0; i < this_item().num_tokens; ++i) {
+      if (complete()[i] != 0) merge_states(p_.work.tokens[this_item().first_token + i]);
     }
   }
 
@@ -580,7 +580,7 @@ class AttentionBlock {
     const int count = static_cast<int>(p_.work.state_begin[token + 1] - first);
     for (int i = static_cast<int>(threadIdx.x) * 4; i < p_.group * head_dim;
          i += kAttentionThreads * 4) {
-      const int head = kv_head_ * p_.group + i / head_dim;
+      const int head = kv_head() * p_.group + i / head_dim;
       const int dim = i % head_dim;
       const float* states = p_.states + 2 * (first * heads + head);
       const float* accumulators = p_.accumulators + (first * heads + head) * head_dim + dim;
@@ -608,26 +608,39 @@ class AttentionBlock {
     }
   }
 
+  // ------------------------------------------------------------------------------------- places
+  // Computed again where they are used: the wide kernel has no registers to spare.
+  SAGE_DEVICE const AttentionItem& this_item() const { return p_.work.items[item_]; }
+  SAGE_DEVICE int first_step() const { return kv_begin_ / Shape::kStep; }
+  SAGE_DEVICE int num_entries() const {
+    return 2 * ((kv_end_ + Shape::kStep - 1) / Shape::kStep - first_step());
+  }
+  SAGE_DEVICE static int kv_head() { return static_cast<int>(blockIdx.y); }
+  SAGE_DEVICE int row_bytes() const { return p_.kv.head_dim * Traits::kBytes; }
+  /// Rows of K (or of V) in a block, and the first one of this kv head.
+  SAGE_DEVICE int plane_rows() const { return p_.kv.page_size * p_.kv.num_kv_heads; }
+  SAGE_DEVICE int head_row() const { return p_.kv.page_size * kv_head(); }
+
+  SAGE_DEVICE static std::byte* query() { return shared_memory<std::byte>(); }
+  /// By token of the item; in the place of Q, once all warps are done with it.
+  SAGE_DEVICE static int32_t* complete() { return reinterpret_cast<int32_t*>(query()); }
+  SAGE_DEVICE static float2* sums() {
+    return reinterpret_cast<float2*>(query() + Shape::kQueryBytes);
+  }
+  SAGE_DEVICE static std::byte* ring() { return query() + Shape::kFixedBytes; }
+  SAGE_DEVICE static std::byte* warp_ring() {
+    return ring() + (Shape::kWide ? 0 : warp_id() * Shape::kEntryBytes);
+  }
+
   const AttentionParams& p_;
-  const AttentionItem* item_;  // read again where needed: registers are scarce
+  int item_;
+  int table_;
   int kv_begin_;
   int kv_end_;
-  int kv_head_;
-  std::byte* query_;
-  int32_t* complete_;  // by token of the item; in the place of Q, once all warps are done with it
-  float2* sums_;
-  std::byte* ring_;
-  std::byte* warp_ring_;
   bool writes_output_;  // the item is all that its tokens see: no states
-  int row_bytes_;
-  int plane_rows_;  // of K, or of V
-  int head_row_;    // the first of this kv head
-  int first_step_;
-  int num_entries_;
-  int page_;
-  int next_page_;
-  int end_[kTiles][2];  // of every row: its position + 1
-  int all_begin_;  // tokens in [all_begin_, all_end_) are seen by every row of the warp,
+  int page_;            // of the step copied last,
+  int next_page_;       // and of the one after it
+  int all_begin_;       // tokens in [all_begin_, all_end_) are seen by every row of the warp,
   int all_end_;
   int any_end_;  // tokens from any_end_ on by none
 };
@@ -635,9 +648,9 @@ class AttentionBlock {
 template <int kDim, KvType kType, AttentionKernel kKernel>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     attention_kernel(const __grid_constant__ AttentionParams p) {
-  AttentionBlock<kDim, kType, kKernel> block(p, static_cast<int>(blockIdx.y));
+  AttentionBlock<kDim, kType, kKernel> block(p);
   const int end = p.work.bin_begin[blockIdx.x + 1];
-  for (int i = p.work.bin_begin[blockIdx.x]; i < end; ++i) block.run(p.work.items + i);
+  for (int i = p.work.bin_begin[blockIdx.x]; i < end; ++i) block.run(i);
 }
 
 template <int kDim, KvType kType, AttentionKernel kKernel>

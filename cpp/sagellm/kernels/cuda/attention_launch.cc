@@ -23,8 +23,9 @@ AttentionLaunch choose_attention(AttentionKernel kernel, KvType type, int head_d
                                  size_t shared_bytes_per_block) {
   require<InvalidArgument>(head_dim > 0 && head_dim <= kMaxAttentionHeadDim &&
                                head_dim * kv_element_bytes(type) % 16 == 0,
-                           "head_dim is ", head_dim, "; a row of K must be a multiple of 16 bytes and ",
-                           "head_dim at most ", kMaxAttentionHeadDim);
+                           "head_dim is ", head_dim,
+                           "; a row of K must be a multiple of 16 bytes and ", "head_dim at most ",
+                           kMaxAttentionHeadDim);
   AttentionLaunch how;
   how.instance = instance_for(kernel, type, head_dim);
   const auto bytes = [&](int ring) {
@@ -65,10 +66,10 @@ void launch_attention(const AttentionLaunch& how, AttentionParams params, int nu
                                aligned(params.out) && aligned(params.accumulators),
                            "q, out, the accumulators and the blocks of the pool must be aligned to "
                            "16 bytes");
-  require<InvalidArgument>(params.q_stride % 8 == 0 && params.out_stride % 8 == 0 &&
-                               kv.head_dim % 8 == 0,
-                           "q_stride is ", params.q_stride, ", out_stride ", params.out_stride,
-                           " and head_dim ", kv.head_dim, "; all must be multiples of 8");
+  require<InvalidArgument>(
+      params.q_stride % 8 == 0 && params.out_stride % 8 == 0 && kv.head_dim % 8 == 0,
+      "q_stride is ", params.q_stride, ", out_stride ", params.out_stride, " and head_dim ",
+      kv.head_dim, "; all must be multiples of 8");
   require<InvalidArgument>(params.scale > 0.f, "scale is ", params.scale, "; it must be positive");
   require<InvalidArgument>(params.window >= 0, "window is ", params.window,
                            "; it must not be negative");
@@ -77,9 +78,9 @@ void launch_attention(const AttentionLaunch& how, AttentionParams params, int nu
       kv_has_scales(kv.type) || (kv.type == KvType::kBF16) == (params.type == FloatType::kBF16),
       "16-bit K and V must have the type of q");
   params.ring = how.ring;
-  how.instance.launch(
-      params, Grid{static_cast<uint32_t>(num_bins), static_cast<uint32_t>(kv.num_kv_heads)},
-      how.shared_bytes, stream);
+  how.instance.launch(params,
+                      Grid{static_cast<uint32_t>(num_bins), static_cast<uint32_t>(kv.num_kv_heads)},
+                      how.shared_bytes, stream);
 }
 
 }  // namespace sagellm::kernels::cuda

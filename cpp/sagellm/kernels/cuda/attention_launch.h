@@ -27,8 +27,8 @@ struct AttentionLaunch {
 };
 
 /// The kernel for heads of head_dim dimensions, with the longest ring that lets two blocks share a
-/// multiprocessor, else the longest that fits. Throws InvalidArgument when head_dim does not suit the
-/// type, Unsupported when a block may have too little shared memory.
+/// multiprocessor, else the longest that fits. Throws InvalidArgument when head_dim does not suit
+/// the type, Unsupported when a block may have too little shared memory.
 AttentionLaunch choose_attention(AttentionKernel kernel, KvType type, int head_dim,
                                  size_t shared_bytes_per_block);
 

@@ -1,5 +1,5 @@
-// What the CUDA attention kernels read and write. Plain C++: the planner, the module and the kernels
-// include it.
+// What the CUDA attention kernels read and write. Plain C++: the planner, the module and the
+// kernels include it.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,10 @@
 
 namespace sagellm::kernels::cuda {
 
-/// How K and V are stored. The 8-bit types carry one float scale per (token, kv head), for K and for
-/// V: value = scale * code, with scale = max|x| / 127 (int8) or max|x| / 448 (fp8 e4m3). A scale of
-/// its own for every row needs no calibration and no outlier of another token can spoil it; it costs
-/// 4 bytes for every head_dim.
+/// How K and V are stored. The 8-bit types carry one float scale per (token, kv head), for K and
+/// for V: value = scale * code, with scale = max|x| / 127 (int8) or max|x| / 448 (fp8 e4m3). A
+/// scale of its own for every row needs no calibration and no outlier of another token can spoil
+/// it; it costs 4 bytes for every head_dim.
 enum class KvType : int32_t { kBF16, kF16, kInt8, kFp8E4M3 };
 
 constexpr int64_t kv_element_bytes(KvType type) {
@@ -27,8 +27,8 @@ constexpr bool kv_has_scales(KvType type) { return kv_element_bytes(type) == 1; 
 ///   K scales [kv head][token in block] float     8-bit types only
 ///   V scales [kv head][token in block] float
 ///
-/// page_size is 16, 32 or 64; head_dim * element bytes is a multiple of 16, so that every row can be
-/// moved in 16-byte pieces. Bytes of tokens that were never written are never used.
+/// page_size is 16, 32 or 64; head_dim * element bytes is a multiple of 16, so that every row can
+/// be moved in 16-byte pieces. Bytes of tokens that were never written are never used.
 struct KvPages {
   std::byte* pool = nullptr;  // the layer's slot of block 0, 16-byte aligned
   int64_t block_stride = 0;   // bytes from a block to the next
@@ -50,10 +50,10 @@ constexpr int64_t kv_slot_bytes(KvType type, int32_t page_size, int32_t num_kv_h
   return 2 * (kv_plane_bytes(type, page_size, num_kv_heads, head_dim) + scales);
 }
 
-/// A piece of work: `num_heads` query heads of every kv head, of `num_tokens` query tokens, over the
-/// positions [kv_begin, kv_end) of one block table. Row r of the tile is token r / num_heads of the
-/// piece and query head first_head + r % num_heads of the group. The same piece is done for every kv
-/// head.
+/// A piece of work: `num_heads` query heads of every kv head, of `num_tokens` query tokens, over
+/// the positions [kv_begin, kv_end) of one block table. Row r of the tile is token r / num_heads of
+/// the piece and query head first_head + r % num_heads of the group. The same piece is done for
+/// every kv head.
 struct AttentionItem {
   int32_t table = 0;        // row of block_tables
   int32_t first_token = 0;  // index in AttentionWork::tokens
@@ -68,29 +68,30 @@ struct AttentionItem {
 /// The work of one launch. Block (b, h) of the grid does items [bin_begin[b], bin_begin[b + 1]) for
 /// kv head h.
 struct AttentionWork {
-  const int32_t* bin_begin = nullptr;      // [num_bins + 1]
-  const AttentionItem* items = nullptr;    // in the order of the bins
-  const int32_t* tokens = nullptr;         // query tokens that items name
-  const int32_t* state_begin = nullptr;    // [tokens of the step + 1]: a token's states; an empty
-                                           // range: its only item writes the output itself
+  const int32_t* bin_begin = nullptr;    // [num_bins + 1]
+  const AttentionItem* items = nullptr;  // in the order of the bins
+  const int32_t* tokens = nullptr;       // query tokens that items name
+  const int32_t* state_begin = nullptr;  // [tokens of the step + 1]: a token's states; an empty
+                                         // range: its only item writes the output itself
 };
 
 /// One step of attention for one layer. A query at position p sees max(0, p - window + 1) .. p
 /// (window 0: 0 .. p). Results depend neither on the order in which blocks run nor on the number of
 /// bins: partial states merge in the order of their splits, by whoever finishes last.
 struct AttentionParams {
-  const void* q = nullptr;  // [tokens][q_stride], heads * head_dim values each, after RoPE, unscaled
-  void* out = nullptr;      // [tokens][out_stride]
-  int64_t q_stride = 0;     // in elements, a multiple of 8
-  int64_t out_stride = 0;   // in elements, a multiple of 8
+  const void* q =
+      nullptr;             // [tokens][q_stride], heads * head_dim values each, after RoPE, unscaled
+  void* out = nullptr;     // [tokens][out_stride]
+  int64_t q_stride = 0;    // in elements, a multiple of 8
+  int64_t out_stride = 0;  // in elements, a multiple of 8
   FloatType type = FloatType::kBF16;  // of q and out, 16 bits; a 16-bit KV type must equal it
-  int32_t group = 1;                // query heads per kv head
+  int32_t group = 1;                  // query heads per kv head
   KvPages kv;
   const int32_t* block_tables = nullptr;  // [sequences][block_tables_stride]
   int64_t block_tables_stride = 0;
   const int32_t* positions = nullptr;  // [tokens]
   AttentionWork work;
-  float* states = nullptr;       // [state][heads][2]: maximum, sum
+  float* states = nullptr;        // [state][heads][2]: maximum, sum
   float* accumulators = nullptr;  // [state][heads][head_dim]
   int32_t* arrivals = nullptr;    // [tokens][kv heads], zero before the first launch and after each
   int32_t window = 0;
@@ -99,8 +100,8 @@ struct AttentionParams {
   int32_t ring = 0;     // set by launch_attention
 };
 
-/// The two shapes of the kernel. Narrow: 16 rows against the whole bandwidth, for decode. Wide: many
-/// rows against the tensor cores, for prefill and shared prefixes.
+/// The two shapes of the kernel. Narrow: 16 rows against the whole bandwidth, for decode. Wide:
+/// many rows against the tensor cores, for prefill and shared prefixes.
 enum class AttentionKernel : int32_t { kNarrow, kWide };
 
 inline constexpr int kAttentionTileTokens = 64;  // tokens per step, on the absolute grid

@@ -2,11 +2,12 @@
 // layout of K and V in shared memory is that of the pages, with 16 bytes between rows, so that the
 // eight rows of a matrix lie in different banks.
 //
-// 8-bit K and V become f16 in registers. An 8x8 matrix of 16-bit words then holds 16 dimensions, and
-// lane 4r + c has dimensions 4c .. 4c + 3 of K: the two words of a B fragment are dimensions (4c, 4c
+// 8-bit K and V become f16 in registers. An 8x8 matrix of 16-bit words then holds 16 dimensions,
+// and lane 4r + c has dimensions 4c .. 4c + 3 of K: the two words of a B fragment are dimensions
+// (4c, 4c
 // + 1) and (4c + 2, 4c + 3), an order of the contraction that Q in shared memory shares (see
-// store_query). A transposed word of V holds dimensions 2r, 2r + 1 of two tokens: even dimensions go
-// to one block of eight columns, odd ones to the next.
+// store_query). A transposed word of V holds dimensions 2r, 2r + 1 of two tokens: even dimensions
+// go to one block of eight columns, odd ones to the next.
 #pragma once
 
 #include <cmath>
@@ -83,8 +84,8 @@ struct TileLayout {
 template <int kDim, KvType kType>
 SAGE_DEVICE void load_query(uint32_t (&a)[4], const std::byte* q, int step) {
   const int lane = lane_id();
-  ldmatrix_x4(a, q + (lane % 16) * TileLayout<kDim, kType>::kQueryStride + step * 32 +
-                     (lane / 16) * 16);
+  ldmatrix_x4(
+      a, q + (lane % 16) * TileLayout<kDim, kType>::kQueryStride + step * 32 + (lane / 16) * 16);
 }
 
 /// s += Q * K^T for kTokens tokens, of kTiles tiles of 16 rows. `query(a, tile, step)` gives
@@ -95,8 +96,7 @@ SAGE_DEVICE void multiply_keys(float (&s)[kTiles][kTokens / 8][4], const std::by
   using Mma = typename KvTraits<kType>::Mma;
   constexpr int kStride = TileLayout<kDim, kType>::kRowStride;
   const int lane = lane_id();
-  const std::byte* row =
-      keys + ((lane % 8) + (lane / 16) * 8) * kStride + ((lane / 8) % 2) * 16;
+  const std::byte* row = keys + ((lane % 8) + (lane / 16) * 8) * kStride + ((lane / 8) % 2) * 16;
   if constexpr (!KvTraits<kType>::kHasScales) {
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
@@ -186,12 +186,13 @@ SAGE_DEVICE void multiply_values(float (&acc)[kTiles][kDim / 8][4], const uint32
 }
 
 /// The four dimensions from 16 * group + 4 * column(lane) or, for 16-bit types, the pairs at 2 *
-/// column and 8 + 2 * column: where accumulators of column blocks 2 * group and 2 * group + 1 belong.
+/// column and 8 + 2 * column: where accumulators of column blocks 2 * group and 2 * group + 1
+/// belong.
 template <KvType kType>
 SAGE_DEVICE int accumulator_dim(int group, int word) {  // word 0: first pair, 1: second pair
   const int column = lane_id() % 4;
   return KvTraits<kType>::kHasScales ? group * 16 + column * 4 + word * 2
-                              : group * 16 + column * 2 + word * 8;
+                                     : group * 16 + column * 2 + word * 8;
 }
 /// That pair, of the row of this lane (`upper` 0) or of the row eight below (2).
 template <KvType kType>

@@ -1,8 +1,7 @@
-// A block computes a tile of the output: a ring of stages in shared memory, filled by cp.async, read
-// by ldmatrix, multiplied by mma. Two tile shapes, one for many rows and one that spreads the weights
-// over the chip when there are few; both add in the same order.
+// A block computes a tile of the output: a ring of stages in shared memory, filled by cp.async,
+// read by ldmatrix, multiplied by mma. Two tile shapes, one for many rows and one that spreads the
+// weights over the chip when there are few; both add in the same order.
 #include "sagellm/kernels/cuda/gemm.h"
-
 #include "sagellm/kernels/cuda/ptx.cuh"
 
 namespace sagellm::kernels::cuda {
@@ -112,9 +111,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
       uint16_t* stage = stages + step % Shape::kStages * Shape::kStageElements;
       copy_rows<T, Shape::kRows, kDepth, Shape::kThreads>(stage, p.x, p.x_stride, first_row, p.m,
                                                           step * kDepth, p.k);
-      copy_rows<T, Shape::kColumns, kDepth, Shape::kThreads>(
-          stage + Shape::kRows * kDepth, p.weights, p.weights_stride, first_column, p.n,
-          step * kDepth, p.k);
+      copy_rows<T, Shape::kColumns, kDepth, Shape::kThreads>(stage + Shape::kRows * kDepth,
+                                                             p.weights, p.weights_stride,
+                                                             first_column, p.n, step * kDepth, p.k);
     }
     cp_async_commit();  // empty groups keep the count
   };

@@ -14,8 +14,8 @@ struct Grid {
 };
 
 /// Queues `kernel` on `stream` with `shared_bytes` of dynamic shared memory, raising the kernel's
-/// limit above 48 KiB where needed. Throws DeviceError naming the CUDA call that failed. Kernels use
-/// the typed `launch` of platform.cuh.
+/// limit above 48 KiB where needed. Throws DeviceError naming the CUDA call that failed. Kernels
+/// use the typed `launch` of platform.cuh.
 void launch_kernel(const void* kernel, Grid grid, uint32_t threads, size_t shared_bytes,
                    void* stream, void** arguments);
 

@@ -1,5 +1,5 @@
-// What every kernel of this folder is written in: CUDA C++ where nvcc compiles it, and the same text
-// on the CPU where the emulator of tests/cpp/cuda_emulation does.
+// What every kernel of this folder is written in: CUDA C++ where nvcc compiles it, and the same
+// text on the CPU where the emulator of tests/cpp/cuda_emulation does.
 //
 //   template <typename T> __global__ void some_kernel(const __grid_constant__ SomeParams p) {...}
 //   launch(some_kernel<bf16>, Grid{blocks}, 128, shared_bytes, stream, params);

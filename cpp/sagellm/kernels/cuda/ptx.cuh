@@ -1,9 +1,9 @@
 // Numbers narrower than float, and the instructions that CUDA C++ has no name for. Fragment layouts
 // are those of the PTX ISA ("Matrix fragments for mma.m16n8k16"); with lane = 4 * row + column:
 //
-//   A 16x16  a[0] = (row, 2c..)  a[1] = (row + 8, 2c..)  a[2] = (row, 2c + 8..)  a[3] = (row + 8, 2c + 8..)
-//   B 16x8   b[0] = (k = 2c.., n = row)  b[1] = (k = 2c + 8.., n = row)
-//   C 16x8   c[0], c[1] = (row, 2c), (row, 2c + 1)  c[2], c[3] = the same of row + 8
+//   A 16x16  a[0] = (row, 2c..)  a[1] = (row + 8, 2c..)  a[2] = (row, 2c + 8..)  a[3] = (row + 8,
+//   2c + 8..) B 16x8   b[0] = (k = 2c.., n = row)  b[1] = (k = 2c + 8.., n = row) C 16x8   c[0],
+//   c[1] = (row, 2c), (row, 2c + 1)  c[2], c[3] = the same of row + 8
 //
 // For 8-bit elements the words hold four consecutive k, at 4c and 4c + 16. A is row-major, B
 // column-major: both have consecutive k in a word.
@@ -107,17 +107,18 @@ SAGE_DEVICE void store_release(uint32_t* address, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
-// ------------------------------------------------------------------------- copies into shared memory
+// ------------------------------------------------------------------------- copies into shared
+// memory
 SAGE_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 /// Starts copying 16 aligned bytes; without `valid` 16 zeros are written and `source`, which must
 /// still be an address of the device, is not read.
 SAGE_DEVICE void cp_async_16(void* shared, const void* source, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(source), "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+      "l"(source), "r"(valid ? 16 : 0)
+      : "memory");
 }
 /// Closes the group of copies started since the last commit (it may be empty).
 SAGE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -223,7 +224,8 @@ SAGE_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint3
 
 #endif
 
-// ------------------------------------------------------------------------------------ built on these
+// ------------------------------------------------------------------------------------ built on
+// these
 SAGE_DEVICE float to_float(float value) { return value; }
 SAGE_DEVICE float to_float(bf16 value) {
   return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
@@ -252,9 +254,8 @@ SAGE_DEVICE T from_float(float value) {
     const uint32_t exponent = float_to_bits(fmaxf(magnitude, 0.015625f)) & 0x7f800000u;
     const float scale = bits_to_float(exponent + (20u << 23));
     const float rounded = (magnitude + scale) - scale;
-    const uint32_t code = rounded < 0.015625f
-                              ? static_cast<uint32_t>(rounded * 512.0f)
-                              : (float_to_bits(rounded) >> 20) - ((127u - 7u) << 3);
+    const uint32_t code = rounded < 0.015625f ? static_cast<uint32_t>(rounded * 512.0f)
+                                              : (float_to_bits(rounded) >> 20) - ((127u - 7u) << 3);
     return fp8{static_cast<uint8_t>(sign | code)};
   } else {
     static_assert(std::is_same_v<T, float>);

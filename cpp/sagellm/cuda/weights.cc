@@ -1,0 +1,216 @@
+#include "sagellm/cuda/weights.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <utility>
+
+#include "sagellm/base/error.h"
+#include "sagellm/base/math.h"
+#include "sagellm/cuda/staging.h"
+#include "sagellm/quant/codec.h"
+
+namespace sagellm::cuda {
+
+namespace {
+
+using kernels::cuda::FloatType;
+
+constexpr int64_t kAlignment = 256;
+
+/// Row i of a NeoX-ordered matrix in terms of GGUF's interleaved order, per head of `dim` rows.
+int64_t unpermuted_row(int64_t i, int64_t dim) {
+  const int64_t j = i % dim;
+  return i - j + 2 * (j % (dim / 2)) + j / (dim / 2);
+}
+
+std::string to_string(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (const int64_t extent : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(extent);
+  return out + "]";
+}
+
+const HostTensor& find(const HostTensors& tensors, const std::string& name) {
+  const auto it = tensors.find(name);
+  require<CorruptFile>(it != tensors.end(), "the checkpoint has no tensor for '", name, "'");
+  return it->second;
+}
+
+/// Collects what goes to the device, then allocates once and copies everything.
+class Loader {
+ public:
+  Loader(const HostTensors& tensors, FloatType type) : tensors_(tensors), type_(type) {}
+
+  /// Schedules matrices [n][k] below each other.
+  void matrices(const std::vector<std::pair<std::string, int64_t>>& names, int64_t k,
+                LinearWeights& out) {
+    out.k = k;
+    const int64_t begin = take(0);
+    for (const auto& [name, n] : names) {
+      const HostTensor& from = tensor(name, {n, k});
+      // Rows of a part follow each other without a gap, so that one product serves all.
+      jobs_.push_back({&from, bytes_, n, k * float_type_bytes(type_), [this, &from, k](
+                                                                          int64_t row,
+                                                                          std::byte* to) {
+                         dense_row(from, row, k, to);
+                       }});
+      bytes_ += n * k * float_type_bytes(type_);
+      out.n += n;
+    }
+    WeightPart& part = out.parts.emplace_back();
+    part.n = out.n;
+    place_.push_back({begin, [&part](std::byte* at) { part.data = at; }});
+  }
+
+  /// Schedules f32 vectors one after another.
+  void vectors(const std::vector<std::pair<std::string, int64_t>>& names, const float*& out) {
+    const int64_t begin = take(0);
+    for (const auto& [name, n] : names) {
+      const HostTensor& from = tensor(name, {n});
+      jobs_.push_back({&from, bytes_, 1, n * int64_t{sizeof(float)},
+                       [&from, n = n](int64_t, std::byte* to) { vector(from, n, to); }});
+      bytes_ += n * int64_t{sizeof(float)};
+    }
+    place_.push_back({begin, [&out](std::byte* at) { out = reinterpret_cast<float*>(at); }});
+  }
+
+  /// The table of embeddings, dense.
+  void table(const std::string& name, int64_t n, int64_t k, const std::byte*& out) {
+    const HostTensor& from = tensor(name, {n, k});
+    const int64_t row_size = k * float_type_bytes(type_);
+    const int64_t begin = take(n * row_size);
+    jobs_.push_back({&from, begin, n, row_size, [this, &from, k](int64_t row, std::byte* to) {
+                       dense_row(from, row, k, to);
+                     }});
+    place_.push_back({begin, [&out](std::byte* at) { out = at; }});
+  }
+
+  DeviceBuffer run(const Stream& stream) {
+    DeviceBuffer memory(static_cast<size_t>(take(0)));
+    for (const auto& [offset, set] : place_) set(memory.data() + offset);
+    Staging staging(stream);
+    for (const Job& job : jobs_) {
+      staging.rows(memory.data() + job.offset, job.rows, job.row_bytes, job.write);
+    }
+    stream.synchronize();  // reports what failed
+    return memory;
+  }
+
+ private:
+  struct Job {
+    const HostTensor* from;
+    int64_t offset;
+    int64_t rows;
+    int64_t row_bytes;
+    std::function<void(int64_t, std::byte*)> write;
+  };
+
+  const HostTensor& tensor(const std::string& name, const std::vector<int64_t>& shape) const {
+    const HostTensor& found = find(tensors_, name);
+    if (found.shape != shape) {
+      fail<CorruptFile>("tensor '", name, "' has shape ", to_string(found.shape), ", expected ",
+                        to_string(shape));
+    }
+    require<CorruptFile>(found.unpermute_heads == 0 || shape[0] % (2 * found.unpermute_heads) == 0,
+                         "tensor '", name, "' cannot be split into ", found.unpermute_heads,
+                         " heads");
+    return found;
+  }
+
+  int64_t take(int64_t bytes) {
+    const int64_t begin = round_up(bytes_, kAlignment);
+    bytes_ = begin + bytes;
+    return begin;
+  }
+
+  /// Row `row` of the matrix, after reordering, as `type_`.
+  void dense_row(const HostTensor& from, int64_t row, int64_t k, std::byte* to) {
+    const int64_t source =
+        from.unpermute_heads > 0 ? unpermuted_row(row, from.shape[0] / from.unpermute_heads) : row;
+    const uint8_t* data = from.data + source * row_bytes(from.format, k);
+    const Format same = type_ == FloatType::kF16 ? Format::kF16 : Format::kBF16;
+    if (from.format == same) {
+      std::memcpy(to, data, static_cast<size_t>(row_bytes(same, k)));
+      return;
+    }
+    row_.resize(static_cast<size_t>(k));
+    quant::dequantize_row(from.format, data, row_.data(), k);
+    quant::quantize_row(same, row_.data(), to, k);
+  }
+
+  static void vector(const HostTensor& from, int64_t n, std::byte* to) {
+    std::vector<float> stored(static_cast<size_t>(n));
+    quant::dequantize_row(from.format, from.data, stored.data(), n);
+    auto* out = reinterpret_cast<float*>(to);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t source =
+          from.unpermute_heads > 0 ? unpermuted_row(i, n / from.unpermute_heads) : i;
+      out[i] = stored[static_cast<size_t>(source)] + (from.add_one ? 1.f : 0.f);
+    }
+  }
+
+  const HostTensors& tensors_;
+  FloatType type_;
+  std::vector<Job> jobs_;
+  std::vector<std::pair<int64_t, std::function<void(std::byte*)>>> place_;
+  std::vector<float> row_;
+  int64_t bytes_ = 0;
+};
+
+FloatType type_of(const HostTensors& tensors) {
+  return find(tensors, "layers.0.q").format == Format::kF16 ? FloatType::kF16 : FloatType::kBF16;
+}
+
+}  // namespace
+
+DeviceWeights::DeviceWeights(const model::ModelConfig& config, const HostTensors& tensors,
+                             const Stream& stream)
+    : type_(type_of(tensors)), layers_(config.layers.size()) {
+  Loader loader(tensors, type_);
+  const int64_t hidden = config.hidden_size;
+  const int64_t ffn = config.intermediate_size;
+  const int64_t q_size = int64_t{config.num_heads} * config.head_dim;
+  const int64_t kv_size = int64_t{config.num_kv_heads} * config.head_dim;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    DeviceLayer& layer = layers_[i];
+    const std::string at = "layers." + std::to_string(i) + ".";
+    loader.vectors({{at + "attn_norm", hidden}}, layer.attn_norm);
+    loader.matrices({{at + "q", q_size}, {at + "k", kv_size}, {at + "v", kv_size}}, hidden,
+                    layer.qkv);
+    if (config.qkv_bias) {
+      loader.vectors(
+          {{at + "q_bias", q_size}, {at + "k_bias", kv_size}, {at + "v_bias", kv_size}},
+          layer.qkv_bias);
+    }
+    if (config.qk_norm) {
+      loader.vectors({{at + "q_norm", config.head_dim}}, layer.q_norm);
+      loader.vectors({{at + "k_norm", config.head_dim}}, layer.k_norm);
+    }
+    loader.matrices({{at + "o", hidden}}, q_size, layer.o);
+    if (config.post_norms) {
+      loader.vectors({{at + "attn_post_norm", hidden}}, layer.attn_post_norm);
+      loader.vectors({{at + "ffn_post_norm", hidden}}, layer.ffn_post_norm);
+    }
+    loader.vectors({{at + "ffn_norm", hidden}}, layer.ffn_norm);
+    loader.matrices({{at + "gate", ffn}, {at + "up", ffn}}, hidden, layer.gate_up);
+    loader.matrices({{at + "down", hidden}}, ffn, layer.down);
+  }
+  loader.vectors({{"final_norm", hidden}}, final_norm_);
+  loader.matrices({{config.tie_embeddings ? "embed" : "lm_head", config.vocab_size}}, hidden,
+                  head_);
+  if (!config.tie_embeddings) loader.table("embed", config.vocab_size, hidden, embedding_);
+  memory_ = loader.run(stream);
+  if (config.tie_embeddings) embedding_ = head_.parts.front().data;
+
+  const auto matrix_bytes = [&](const LinearWeights& w) {
+    return static_cast<size_t>(w.n * w.k * float_type_bytes(type_));
+  };
+  for (const DeviceLayer& layer : layers_) {
+    for (const LinearWeights* w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      bytes_per_token_ += matrix_bytes(*w);
+    }
+  }
+  bytes_per_token_ += matrix_bytes(head_);
+}
+
+}  // namespace sagellm::cuda

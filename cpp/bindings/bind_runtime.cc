@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "sagellm/base/error.h"
 #include "sagellm/runtime/bandwidth.h"
@@ -18,12 +20,13 @@ void register_runtime(py::module_& m) {
               "Peak resident memory of this process in bytes (VmHWM).");
   runtime.def(
       "register_op_table",
-      [](const py::capsule& capsule) {
+      [](const py::object& capsule) {
         namespace rt = sagellm::runtime;
         sagellm::require<sagellm::InvalidArgument>(
             PyCapsule_IsValid(capsule.ptr(), rt::kOpTableCapsule) != 0, "a capsule named ",
             rt::kOpTableCapsule, " is needed");
-        rt::register_op_table(*capsule.get_pointer<rt::OpTableHandover>());
+        rt::register_op_table(*static_cast<const rt::OpTableHandover*>(
+            PyCapsule_GetPointer(capsule.ptr(), rt::kOpTableCapsule)));
       },
       py::arg("capsule"),
       "Gives a device kind the operations that another module brings, for the life of the "
@@ -31,9 +34,9 @@ void register_runtime(py::module_& m) {
   runtime.def(
       "device_kinds",
       [] {
-        py::list names;
+        std::vector<std::string> names;
         for (const auto kind : sagellm::runtime::device_kinds()) {
-          names.append(py::str(std::string(sagellm::device_kind_name(kind))));
+          names.emplace_back(sagellm::device_kind_name(kind));
         }
         return names;
       },

@@ -147,6 +147,19 @@ def test_results_are_the_same_bits_every_time(cuda: ModuleType, orders: range) -
     assert len(set(results)) == 1
 
 
+def test_a_recorded_launch_writes_what_a_direct_one_does(cuda: ModuleType) -> None:
+    step = build(Case(contexts=[300, 40], queries=[1, 20], group=4))
+    attention = attention_of(cuda, step.case)
+    direct = attend(cuda, step, attention)
+    out = cuda.empty(step.q_bits.shape, np.dtype(np.uint16))
+    pools = [cuda.array(step.pool), cuda.array(step.pool)]
+    times = attention.time(
+        cuda.array(step.q_bits), pools, step.slot_offset, step.block_stride, out, replays=3
+    )
+    assert len(times) == 3
+    assert np.array_equal(direct, out.numpy())
+
+
 @pytest.mark.parametrize("kv_type", ["bfloat16", "int8"])
 def test_shared_prefixes_are_read_once_and_change_little(cuda: ModuleType, kv_type: str) -> None:
     case = Case(

@@ -1,8 +1,11 @@
 // Paged attention on arrays of a device.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "device_array.h"
@@ -63,8 +66,50 @@ class Attention {
 
   void run(const DeviceArray& q, const DeviceArray& pool, int64_t slot_offset, int64_t block_stride,
            DeviceArray& out) const {
-    const int64_t count = capacity_.tokens * options_.plan.num_heads * options_.plan.head_dim;
+    attention_.run(step(q, pool, slot_offset, block_stride, out), capacity_, workspace_, nullptr);
+  }
+
+  /// Milliseconds per launch, one value for each replay of a graph of one launch per pool.
+  std::vector<float> time(const DeviceArray& q, const std::vector<const DeviceArray*>& pools,
+                          int64_t slot_offset, int64_t block_stride, DeviceArray& out,
+                          int replays) const {
+    require<InvalidArgument>(!pools.empty() && replays > 0, "pools and replays must not be empty");
+    cuda::synchronize(nullptr);
+    const cuda::Stream stream;
+    const cuda::Graph graph(stream, [&] {
+      for (const DeviceArray* pool : pools) {
+        attention_.run(step(q, *pool, slot_offset, block_stride, out), capacity_, workspace_,
+                       stream.get());
+      }
+    });
+    graph.launch(stream);  // warms up
+    std::vector<float> times;
+    for (int i = 0; i < replays; ++i) {
+      cuda::Event begin(true);
+      cuda::Event end(true);
+      begin.record(stream);
+      graph.launch(stream);
+      end.record(stream);
+      end.synchronize();
+      times.push_back(cuda::Event::elapsed_ms(begin, end) / static_cast<float>(pools.size()));
+    }
+    return times;
+  }
+
+  py::dict describe() const {
+    const cuda::AttentionPlanner& planner = attention_.planner();
+    return py::dict("narrow_items"_a = planner.items(AttentionKernel::kNarrow).size(),
+                    "wide_items"_a = planner.items(AttentionKernel::kWide).size(),
+                    "narrow_bins"_a = planner.num_bins(AttentionKernel::kNarrow),
+                    "wide_bins"_a = planner.num_bins(AttentionKernel::kWide),
+                    "states"_a = planner.num_states());
+  }
+
+ private:
+  cuda::AttentionStep step(const DeviceArray& q, const DeviceArray& pool, int64_t slot_offset,
+                           int64_t block_stride, DeviceArray& out) const {
     const auto& plan = options_.plan;
+    const int64_t count = capacity_.tokens * plan.num_heads * plan.head_dim;
     const int64_t slot = kernels::cuda::kv_slot_bytes(options_.kv_type, plan.page_size,
                                                       plan.num_kv_heads, plan.head_dim);
     require<InvalidArgument>(slot_offset >= 0 && slot_offset + slot <= block_stride, "a slot of ",
@@ -80,19 +125,9 @@ class Attention {
     step.block_tables_stride = block_tables_stride_;
     step.positions = positions_.as<int32_t>();
     step.upload = upload_.as<int32_t>();
-    attention_.run(step, capacity_, workspace_, nullptr);
+    return step;
   }
 
-  py::dict describe() const {
-    const cuda::AttentionPlanner& planner = attention_.planner();
-    return py::dict("narrow_items"_a = planner.items(AttentionKernel::kNarrow).size(),
-                    "wide_items"_a = planner.items(AttentionKernel::kWide).size(),
-                    "narrow_bins"_a = planner.num_bins(AttentionKernel::kNarrow),
-                    "wide_bins"_a = planner.num_bins(AttentionKernel::kWide),
-                    "states"_a = planner.num_states());
-  }
-
- private:
   cuda::PagedAttentionOptions options_;
   cuda::PagedAttention attention_;
   cuda::AttentionWorkspace workspace_;
@@ -147,6 +182,9 @@ void register_attention(py::module_& m) {
       .def("run", &Attention::run, "q"_a, "pool"_a, "slot_offset"_a, "block_stride"_a, "out"_a,
            "Queues the planned step: q and out [tokens, heads * head_dim], 16 bits; pool is bytes, "
            "block b's slot at b * block_stride + slot_offset.")
+      .def("time", &Attention::time, "q"_a, "pools"_a, "slot_offset"_a, "block_stride"_a, "out"_a,
+           "replays"_a,
+           "Milliseconds per launch, for each replay of a graph that runs once with every pool.")
       .def_property_readonly("described", &Attention::describe,
                              "Sizes of the present plan, for tests and benchmarks.");
 }

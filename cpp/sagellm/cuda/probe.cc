@@ -81,7 +81,9 @@ void use_device(int index) {
   require<DeviceError>(info.major >= kOldestMajor, "cuda:", index, " (", info.name,
                        ") has compute capability ", info.major, ".", info.minor,
                        "; 8.0 or newer is needed");
-  check(cudaSetDevice(index), "cudaSetDevice");
+  select_device(index);
 }
+
+void select_device(int index) { check(cudaSetDevice(index), "cudaSetDevice"); }
 
 }  // namespace sagellm::cuda

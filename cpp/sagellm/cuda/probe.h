@@ -40,5 +40,7 @@ DeviceMemory device_memory();
 /// Makes `index` the current device of the calling thread; throws DeviceError with the reason when
 /// it cannot run these kernels.
 void use_device(int index);
+/// The same for a device that use_device accepted before: costs next to nothing.
+void select_device(int index);
 
 }  // namespace sagellm::cuda

@@ -122,63 +122,10 @@ size_t Decoder::workspace_bytes() const {
 
 void Decoder::validate(const ForwardBatch& batch) const {
   require<InvalidArgument>(kv_ != nullptr, "no KV storage is attached");
-  const int32_t tokens = batch.num_tokens();
-  const int32_t sequences = batch.num_sequences();
-  require<InvalidArgument>(tokens >= 1 && tokens <= options_.max_batch_tokens, "a step of ", tokens,
-                           " tokens; max_batch_tokens is ", options_.max_batch_tokens);
-  require<InvalidArgument>(batch.positions.size() == batch.token_ids.size(),
-                           "positions and token_ids differ in length");
-  require<InvalidArgument>(
-      sequences >= 1 && batch.query_starts.front() == 0 && batch.query_starts.back() == tokens,
-      "query_starts must run from 0 to the number of tokens");
-  require<InvalidArgument>(batch.max_blocks >= 1 && batch.block_tables.size() ==
-                                                        static_cast<size_t>(batch.num_groups) *
-                                                            static_cast<size_t>(sequences) *
-                                                            static_cast<size_t>(batch.max_blocks),
-                           "block_tables must have shape [groups, sequences, max_blocks]");
-  for (const int32_t id : batch.token_ids) {
-    require<InvalidArgument>(id >= 0 && id < config_.vocab_size, "token id ", id,
-                             " is outside the vocabulary of ", config_.vocab_size);
-  }
-  for (size_t i = 0; i < batch.logit_rows.size(); ++i) {
-    const int32_t row = batch.logit_rows[i];
-    require<InvalidArgument>(row >= 0 && row < tokens && (i == 0 || row > batch.logit_rows[i - 1]),
-                             "logit_rows must be ascending indices into the tokens");
-  }
-  require<InvalidArgument>(batch.block_copies.size() % 2 == 0,
-                           "block_copies must have shape [n, 2]");
-  for (const int32_t block : batch.block_copies) {
-    require<InvalidArgument>(block > 0 && block <= kv_->num_blocks(), "block copy names block ",
-                             block, " of ", kv_->num_blocks());
-  }
-  for (int32_t s = 0; s < sequences; ++s) {
-    const int32_t begin = batch.query_starts[static_cast<size_t>(s)];
-    const int32_t end = batch.query_starts[static_cast<size_t>(s) + 1];
-    require<InvalidArgument>(end > begin, "sequence ", s, " has no token in this step");
-    const int32_t first = batch.positions[static_cast<size_t>(begin)];
-    const int32_t last = first + (end - begin) - 1;
-    require<InvalidArgument>(first >= 0 && last < config_.max_position, "positions ", first, "..",
-                             last, " are outside the model's context of ", config_.max_position);
-    for (int32_t t = begin; t < end; ++t) {
-      require<InvalidArgument>(batch.positions[static_cast<size_t>(t)] == first + t - begin,
-                               "positions of a sequence must be consecutive");
-    }
-    for (const LayerConfig& layer : config_.layers) {
-      if (layer.slot != 0) continue;  // one layer speaks for its group
-      require<InvalidArgument>(layer.group < batch.num_groups, "block_tables lack KV group ",
-                               layer.group);
-      const int32_t oldest = layer.window > 0 ? std::max(0, first - layer.window + 1) : 0;
-      const int32_t last_block = last / kv_->block_size();
-      require<InvalidArgument>(last_block < batch.max_blocks, "the block table of sequence ", s,
-                               " ends before position ", last);
-      const int32_t* table = batch.block_table(layer.group, s);
-      for (int32_t b = oldest / kv_->block_size(); b <= last_block; ++b) {
-        require<InvalidArgument>(table[b] > 0 && table[b] <= kv_->num_blocks(), "sequence ", s,
-                                 " has block id ", table[b], " at index ", b,
-                                 " of its table; valid are 1..", kv_->num_blocks());
-      }
-    }
-  }
+  model::validate(batch, config_,
+                  {.max_batch_tokens = options_.max_batch_tokens,
+                   .num_blocks = kv_->num_blocks(),
+                   .block_size = kv_->block_size()});
 }
 
 void Decoder::prepare(const ForwardBatch& batch) {

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <span>
 
+#include "sagellm/model/config.h"
+
 namespace sagellm::model {
 
 /// S sequences, T tokens, R rows whose logits are wanted. See `ForwardBatch` in the Python backend
@@ -27,5 +29,15 @@ struct ForwardBatch {
            (static_cast<int64_t>(group) * num_sequences() + sequence) * max_blocks;
   }
 };
+
+/// What a device holds for steps.
+struct BatchLimits {
+  int32_t max_batch_tokens = 0;
+  int64_t num_blocks = 0;  // usable KV blocks
+  int32_t block_size = 0;
+};
+
+/// Throws InvalidArgument naming what is wrong with a step; afterwards every index in it is valid.
+void validate(const ForwardBatch& batch, const ModelConfig& config, const BatchLimits& limits);
 
 }  // namespace sagellm::model

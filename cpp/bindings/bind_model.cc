@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
+#include "model_config.h"
 #include "sagellm/checkpoint/file.h"
 #include "sagellm/kv/kv_storage.h"
 #include "sagellm/model/decoder.h"
-#include "model_config.h"
 #include "sampling_rows.h"
 
 namespace py = pybind11;

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sagellm.backends import cuda, devices
-from sagellm.errors import DeviceUnavailableError
+from sagellm.errors import DeviceUnavailableError, InvalidArgumentError
 
 
 class FakeCuda(ModuleType):
@@ -82,12 +82,17 @@ def test_an_install_without_the_module_says_how_to_get_it(monkeypatch: pytest.Mo
         cuda.load_cuda()
 
 
-def test_a_device_that_works_is_not_offered_before_the_engine_runs_on_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_device_that_works_is_offered_first(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakeCuda())
-    with pytest.raises(DeviceUnavailableError, match=r"NVIDIA Fake.*; use device 'cpu'"):
-        devices.select_device("cuda")
+    assert devices.select_device("cuda:0") == "cuda:0"
+    assert devices.select_device("auto") == "cuda"
+
+
+def test_options_of_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeCuda())
+    checkpoint: Any = None  # not looked at
+    with pytest.raises(InvalidArgumentError, match="'cuda:0' has no option threads; leave it out"):
+        devices.create_runner(checkpoint, "cuda:0", threads=2)
 
 
 def test_the_folders_of_the_cublas_wheels_are_found(

@@ -98,7 +98,7 @@ def measure_us(load: Load, replays: int, rng: np.random.Generator) -> float:
         deterministic=load.deterministic,
     )
     attention.plan(starts, positions, tables)
-    return 1e3 * statistics.median(attention.time(q, pools, 0, slot, out, replays))
+    return 1e3 * float(statistics.median(attention.time(q, pools, 0, slot, out, replays)))
 
 
 def main() -> None:

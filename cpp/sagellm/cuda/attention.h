@@ -19,6 +19,7 @@ class AttentionWorkspace {
   float* states() const { return states_.as<float>(); }
   float* accumulators() const { return accumulators_.as<float>(); }
   int32_t* arrivals() const { return arrivals_.as<int32_t>(); }
+  size_t bytes() const { return states_.size() + accumulators_.size() + arrivals_.size(); }
 
  private:
   DeviceBuffer states_;

@@ -1,9 +1,10 @@
 // The dense decoder family (Llama, Qwen2, Qwen3, Gemma 2/3) on a CUDA device, with the contract of
 // model::Decoder: one call per engine step.
 //
-// A step is one upload of all its metadata from pinned memory, launches on one stream, and one small
-// download. Decode steps (one token of every sequence) are padded to the next of a few shapes, and
-// their launches are recorded when a shape comes a second time, then replayed as a graph.
+// A step is one upload of all its metadata from pinned memory, launches on one stream, and one
+// small download. Decode steps (one token of every sequence) are padded to the next of a few
+// shapes, and their launches are recorded when a shape comes a second time, then replayed as a
+// graph.
 //
 //   embedding, tables of the rotation
 //   per layer: residual + norm | QKV | bias, q/k norm, rotation, KV write | attention | output
@@ -34,12 +35,9 @@
 
 namespace sagellm::cuda {
 
-/// What keys and values are stored as; kAuto: as the activations.
-enum class KvChoice : uint8_t { kAuto, k16Bit, kInt8, kFp8 };
-
 struct DecoderOptions {
   int32_t device = 0;
-  int32_t max_batch_tokens = 512;  // tokens of one step
+  int32_t max_batch_tokens = 512;     // tokens of one step
   int32_t max_graph_sequences = 256;  // larger decode steps are not recorded; 0: none is
   kernels::cuda::KvType kv_type = kernels::cuda::KvType::kBF16;  // 16 bits: as the activations
   bool deterministic = false;  // results of a sequence do not depend on the rest of the step
@@ -68,9 +66,9 @@ class Decoder {
   /// Bytes of one block of all layers.
   int64_t kv_bytes_per_block(int32_t block_size) const;
 
-  /// Queues a step. `sampling` is empty or has one entry per logit row. Throws InvalidArgument before
-  /// touching any state when the batch is malformed. What `outputs` points to stays alive until
-  /// `wait` has returned; one step at a time.
+  /// Queues a step. `sampling` is empty or has one entry per logit row. Throws InvalidArgument
+  /// before touching any state when the batch is malformed. What `outputs` points to stays alive
+  /// until `wait` has returned; one step at a time.
   void launch(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
               const StepOutputs& outputs);
   /// Waits for the queued step and fills its outputs; throws DeviceError when the device failed.
@@ -86,6 +84,8 @@ class Decoder {
   size_t workspace_bytes() const;
   size_t num_graphs() const;
   int64_t graph_replays() const { return graph_replays_; }
+  /// Host time of the last `launch`, in seconds.
+  double launch_seconds() const { return launch_seconds_; }
 
  private:
   /// Layers with the same window and the same block tables share a plan.
@@ -99,20 +99,25 @@ class Decoder {
     size_t operator()(const StepShape& shape) const;
   };
 
+  void drain() noexcept;
   void check_supported() const;
   void allocate_workspace();
   void make_layer_kinds(int32_t block_size);
   bool is_decode(const model::ForwardBatch& batch) const;
-  void prepare(const model::ForwardBatch& batch, bool padded);
+  void prepare(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
+               bool decode);
   void write_inputs(const model::ForwardBatch& batch);
   void reserve_upload(size_t bytes);
   void forward();
   void run_recorded();
+  void embed();
   void layer(size_t index);
-  void normalize(const float* weight, const float* post_norm, bool has_delta,
+  void finish_qkv(size_t index);
+  void attend(size_t index);
+  void normalize(const float* weight, const float* post_norm, const float* delta,
                  const int32_t* rows, int32_t num_rows);
-  void output(std::span<const sample::RowParams> sampling);
   void head(int32_t first, int32_t count);
+  void output(std::span<const sample::RowParams> sampling, bool decode);
 
   template <typename T>
   T* uploaded(size_t offset) const {
@@ -157,16 +162,19 @@ class Decoder {
   std::vector<float*> cos_, sin_;    // one pair per rope
 
   // The present step.
+  std::vector<int32_t> query_starts_;
   PinnedBuffer pinned_;
   DeviceBuffer upload_;
   StepShape shape_;
   StepLayout at_;
+  size_t upload_bytes_ = 0;  // at_, then the sampling rows
   StepOutputs outputs_;
   int32_t num_rows_ = 0;  // logit rows of the caller
   bool in_flight_ = false;
 
   std::unordered_map<StepShape, Graph, ShapeHash> graphs_;  // empty until seen twice
   int64_t graph_replays_ = 0;
+  double launch_seconds_ = 0.0;
 };
 
 }  // namespace sagellm::cuda

@@ -25,9 +25,9 @@ struct KvPoolOptions {
   int64_t block_bytes() const { return num_slots * slot_bytes(); }
 };
 
-/// Pages of `num_blocks` usable blocks and of block 0 (padding: written and read by rows that nobody
-/// looks at). Slot i of a block belongs to the i-th layer of the block's group. A block is one run of
-/// memory, zero at the start.
+/// Pages of `num_blocks` usable blocks and of block 0 (padding: written and read by rows that
+/// nobody looks at). Slot i of a block belongs to the i-th layer of the block's group. A block is
+/// one run of memory, zero at the start.
 class KvPool {
  public:
   /// Throws InvalidArgument naming the bad size, DeviceError when memory does not suffice.

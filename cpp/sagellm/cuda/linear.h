@@ -1,4 +1,14 @@
 // Linear layers of a model on a device: which kernel multiplies.
+//
+//   rows     dense                       quantized
+//   1..8     small_linear                quantized_linear
+//   9..64    cuBLASLt, or own gemm       quantized_linear, 8 rows at a time: up to here it reads
+//   fewer
+//                                        bytes than writing the values out and reading them again
+//   more     cuBLASLt, or own gemm       dequantize, then as dense
+//
+// Deterministic: gemm for dense and quantized_linear for quantized weights, whatever the rows: the
+// bits of a row do not depend on how many there are.
 #pragma once
 
 #include <cstdint>
@@ -6,30 +16,49 @@
 #include <optional>
 
 #include "sagellm/cuda/cublas_lt.h"
+#include "sagellm/cuda/memory.h"
 #include "sagellm/cuda/weights.h"
 #include "sagellm/kernels/cuda/float_type.h"
 
 namespace sagellm::cuda {
 
+struct LinearOptions {
+  kernels::cuda::FloatType type = kernels::cuda::FloatType::kBF16;
+  bool deterministic = false;
+  int64_t max_k = 0;                        // most inputs of a quantized layer; 0: there is none
+  std::shared_ptr<const CublasLt> library;  // null: own kernels only
+};
+
 class Linear {
  public:
-  /// `library`: null for own kernels only, whose results do not depend on the batch.
-  Linear(kernels::cuda::FloatType type, std::shared_ptr<const CublasLt> library);
+  static constexpr int32_t kSmallRows = 8;
+  static constexpr int32_t kFewRows = 64;
+
+  explicit Linear(const LinearOptions& options);
 
   struct Call {
     const void* x = nullptr;  // [rows][x_stride] of the type
     int64_t x_stride = 0;     // in elements, as are all strides
     int32_t rows = 0;
-    void* out = nullptr;      // [rows][out_stride]
+    void* out = nullptr;  // [rows][out_stride]
     int64_t out_stride = 0;
     kernels::cuda::FloatType out_type = kernels::cuda::FloatType::kF32;
   };
   /// Queues out = x @ weights.T on `stream`.
   void operator()(const LinearWeights& weights, const Call& call, void* stream);
 
+  size_t bytes() const { return quantized_x_.size() + values_.size(); }
+
  private:
-  kernels::cuda::FloatType type_;
+  void dense(const Call& call, const void* weights, int64_t n, int64_t k, int64_t first,
+             void* stream);
+  void quantized_rows(const LinearWeights& weights, const Call& call, void* stream);
+  void dequantized(const WeightPart& part, const Call& call, int64_t k, void* stream);
+
+  LinearOptions options_;
   std::optional<CublasLtGemm> library_;
+  DeviceBuffer quantized_x_;
+  DeviceBuffer values_;  // dequantized weights
 };
 
 }  // namespace sagellm::cuda

@@ -40,6 +40,14 @@ void copy_to_host(void* to, const void* from, size_t bytes, void* stream) {
         "cudaMemcpyAsync to the host");
 }
 
+void copy_rows_to_host(float* to, int64_t row, const float* from, int64_t stride, int64_t rows,
+                       void* stream) {
+  const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); };
+  check(cudaMemcpy2DAsync(to, bytes(row), from, bytes(stride), bytes(row),
+                          static_cast<size_t>(rows), cudaMemcpyDeviceToHost, native(stream)),
+        "cudaMemcpy2DAsync to the host");
+}
+
 void copy_on_device(void* to, const void* from, size_t bytes, void* stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, native(stream)),
         "cudaMemcpyAsync on the device");

@@ -64,6 +64,9 @@ class PinnedBuffer {
 /// must stay alive until the stream has done them.
 void copy_to_device(void* to, const void* from, size_t bytes, void* stream);
 void copy_to_host(void* to, const void* from, size_t bytes, void* stream);
+/// Rows of `row` floats, `stride` floats apart, to dense rows.
+void copy_rows_to_host(float* to, int64_t row, const float* from, int64_t stride, int64_t rows,
+                       void* stream);
 void copy_on_device(void* to, const void* from, size_t bytes, void* stream);
 /// Sets every byte.
 void fill(void* to, uint8_t value, size_t bytes, void* stream);

@@ -1,5 +1,5 @@
-// The sizes that the arrays of a step have on the device, and where they lie in its one upload. Host
-// code: nothing here needs a GPU.
+// The sizes that the arrays of a step have on the device, and where they lie in its one upload.
+// Host code: nothing here needs a GPU.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +15,7 @@ struct StepShape {
   int32_t sequences = 0;
   int32_t logit_rows = 0;
   int32_t table_width = 0;  // blocks in a row of a block table
+  uint64_t wide_kinds = 0;  // bit i: attention of the i-th kind of layer needs its wide kernel
   bool operator==(const StepShape&) const = default;
 };
 

@@ -45,21 +45,29 @@ class Loader {
   void matrices(const std::vector<std::pair<std::string, int64_t>>& names, int64_t k,
                 LinearWeights& out) {
     out.k = k;
-    const int64_t begin = take(0);
-    for (const auto& [name, n] : names) {
-      const HostTensor& from = tensor(name, {n, k});
-      // Rows of a part follow each other without a gap, so that one product serves all.
-      jobs_.push_back({&from, bytes_, n, k * float_type_bytes(type_), [this, &from, k](
-                                                                          int64_t row,
-                                                                          std::byte* to) {
-                         dense_row(from, row, k, to);
-                       }});
-      bytes_ += n * k * float_type_bytes(type_);
-      out.n += n;
+    for (size_t i = 0; i < names.size();) {
+      std::vector<const HostTensor*> rows = {&tensor(names[i].first, {names[i].second, k})};
+      WeightPart part;
+      part.first = out.n;
+      part.n = names[i].second;
+      part.is_quantized = kernels::cuda::is_device_format(rows[0]->format);
+      for (++i; i < names.size(); ++i) {
+        const HostTensor& next = tensor(names[i].first, {names[i].second, k});
+        const bool fits = part.is_quantized ? next.format == rows[0]->format &&
+                                                  part.n % kernels::cuda::kTileRows == 0
+                                            : !kernels::cuda::is_device_format(next.format);
+        if (!fits) break;
+        rows.push_back(&next);
+        part.n += names[i].second;
+      }
+      out.n += part.n;
+      out.parts.push_back(part);
+      if (part.is_quantized) {
+        quantized(rows, k, out, out.parts.size() - 1);
+      } else {
+        dense(rows, k, out, out.parts.size() - 1);
+      }
     }
-    WeightPart& part = out.parts.emplace_back();
-    part.n = out.n;
-    place_.push_back({begin, [&part](std::byte* at) { part.data = at; }});
   }
 
   /// Schedules f32 vectors one after another.
@@ -67,22 +75,11 @@ class Loader {
     const int64_t begin = take(0);
     for (const auto& [name, n] : names) {
       const HostTensor& from = tensor(name, {n});
-      jobs_.push_back({&from, bytes_, 1, n * int64_t{sizeof(float)},
+      jobs_.push_back({bytes_, 1, n * int64_t{sizeof(float)},
                        [&from, n = n](int64_t, std::byte* to) { vector(from, n, to); }});
       bytes_ += n * int64_t{sizeof(float)};
     }
     place_.push_back({begin, [&out](std::byte* at) { out = reinterpret_cast<float*>(at); }});
-  }
-
-  /// The table of embeddings, dense.
-  void table(const std::string& name, int64_t n, int64_t k, const std::byte*& out) {
-    const HostTensor& from = tensor(name, {n, k});
-    const int64_t row_size = k * float_type_bytes(type_);
-    const int64_t begin = take(n * row_size);
-    jobs_.push_back({&from, begin, n, row_size, [this, &from, k](int64_t row, std::byte* to) {
-                       dense_row(from, row, k, to);
-                     }});
-    place_.push_back({begin, [&out](std::byte* at) { out = at; }});
   }
 
   DeviceBuffer run(const Stream& stream) {
@@ -98,7 +95,6 @@ class Loader {
 
  private:
   struct Job {
-    const HostTensor* from;
     int64_t offset;
     int64_t rows;
     int64_t row_bytes;
@@ -123,11 +119,70 @@ class Loader {
     return begin;
   }
 
-  /// Row `row` of the matrix, after reordering, as `type_`.
-  void dense_row(const HostTensor& from, int64_t row, int64_t k, std::byte* to) {
+  void dense(const std::vector<const HostTensor*>& tensors, int64_t k, LinearWeights& out,
+             size_t index) {
+    const int64_t row_size = k * float_type_bytes(type_);
+    WeightPart& part = out.parts[index];
+    part.bytes = part.n * row_size;
+    const int64_t begin = take(part.bytes);
+    int64_t offset = begin;
+    for (const HostTensor* from : tensors) {
+      const int64_t n = from->shape[0];
+      jobs_.push_back({offset, n, row_size, [this, from, k](int64_t row, std::byte* to) {
+                         dense_row(*from, row, k, to);
+                       }});
+      offset += n * row_size;
+    }
+    place_.push_back({begin, [&out, index](std::byte* at) { out.parts[index].dense = at; }});
+  }
+
+  void quantized(const std::vector<const HostTensor*>& tensors, int64_t k, LinearWeights& out,
+                 size_t index) {
+    const Format format = tensors.front()->format;
+    WeightPart& part = out.parts[index];
+    part.quantized.format = format;
+    part.quantized.layout = kernels::cuda::quant_layout(format, part.n, k);
+    part.quantized.n = static_cast<int32_t>(part.n);
+    part.quantized.k = static_cast<int32_t>(k);
+    part.bytes = part.quantized.layout.bytes();
+    const int64_t tile_bytes = part.quantized.layout.tile_row_bytes;
+    const int64_t begin = take(part.bytes);
+    int64_t offset = begin;
+    for (const HostTensor* from : tensors) {
+      const int64_t tiles = ceil_div(from->shape[0], kernels::cuda::kTileRows);
+      jobs_.push_back({offset, tiles, tile_bytes, [this, from, k](int64_t tile, std::byte* to) {
+                         tile_row(*from, tile, k, to);
+                       }});
+      offset += tiles * tile_bytes;
+    }
+    place_.push_back({begin, [&out, index](std::byte* at) {
+                        out.parts[index].quantized.data = reinterpret_cast<uint8_t*>(at);
+                      }});
+  }
+
+  /// The stored row that is row `row` after reordering.
+  static const uint8_t* stored_row(const HostTensor& from, int64_t row, int64_t bytes) {
     const int64_t source =
         from.unpermute_heads > 0 ? unpermuted_row(row, from.shape[0] / from.unpermute_heads) : row;
-    const uint8_t* data = from.data + source * row_bytes(from.format, k);
+    return from.data + source * bytes;
+  }
+
+  void tile_row(const HostTensor& from, int64_t tile, int64_t k, std::byte* to) {
+    const int64_t bytes = row_bytes(from.format, k);
+    const int64_t first = tile * kernels::cuda::kTileRows;
+    const int64_t count = std::min<int64_t>(kernels::cuda::kTileRows, from.shape[0] - first);
+    rows_.resize(static_cast<size_t>(count * bytes));
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(rows_.data() + i * bytes, stored_row(from, first + i, bytes),
+                  static_cast<size_t>(bytes));
+    }
+    kernels::cuda::repack_tile_row(from.format, k, rows_.data(), bytes, static_cast<int32_t>(count),
+                                   reinterpret_cast<uint8_t*>(to));
+  }
+
+  /// Row `row` of the matrix, after reordering, as `type_`.
+  void dense_row(const HostTensor& from, int64_t row, int64_t k, std::byte* to) {
+    const uint8_t* data = stored_row(from, row, row_bytes(from.format, k));
     const Format same = type_ == FloatType::kF16 ? Format::kF16 : Format::kBF16;
     if (from.format == same) {
       std::memcpy(to, data, static_cast<size_t>(row_bytes(same, k)));
@@ -153,7 +208,8 @@ class Loader {
   FloatType type_;
   std::vector<Job> jobs_;
   std::vector<std::pair<int64_t, std::function<void(std::byte*)>>> place_;
-  std::vector<float> row_;
+  std::vector<float> row_;     // of dense_row
+  std::vector<uint8_t> rows_;  // of tile_row
   int64_t bytes_ = 0;
 };
 
@@ -178,9 +234,8 @@ DeviceWeights::DeviceWeights(const model::ModelConfig& config, const HostTensors
     loader.matrices({{at + "q", q_size}, {at + "k", kv_size}, {at + "v", kv_size}}, hidden,
                     layer.qkv);
     if (config.qkv_bias) {
-      loader.vectors(
-          {{at + "q_bias", q_size}, {at + "k_bias", kv_size}, {at + "v_bias", kv_size}},
-          layer.qkv_bias);
+      loader.vectors({{at + "q_bias", q_size}, {at + "k_bias", kv_size}, {at + "v_bias", kv_size}},
+                     layer.qkv_bias);
     }
     if (config.qk_norm) {
       loader.vectors({{at + "q_norm", config.head_dim}}, layer.q_norm);
@@ -198,19 +253,19 @@ DeviceWeights::DeviceWeights(const model::ModelConfig& config, const HostTensors
   loader.vectors({{"final_norm", hidden}}, final_norm_);
   loader.matrices({{config.tie_embeddings ? "embed" : "lm_head", config.vocab_size}}, hidden,
                   head_);
-  if (!config.tie_embeddings) loader.table("embed", config.vocab_size, hidden, embedding_);
+  if (!config.tie_embeddings) loader.matrices({{"embed", config.vocab_size}}, hidden, embedding_);
   memory_ = loader.run(stream);
-  if (config.tie_embeddings) embedding_ = head_.parts.front().data;
 
-  const auto matrix_bytes = [&](const LinearWeights& w) {
-    return static_cast<size_t>(w.n * w.k * float_type_bytes(type_));
+  const auto account = [&](const LinearWeights& w) {
+    for (const WeightPart& part : w.parts) {
+      bytes_per_token_ += static_cast<size_t>(part.bytes);
+      if (part.is_quantized) max_quantized_k_ = std::max(max_quantized_k_, w.k);
+    }
   };
   for (const DeviceLayer& layer : layers_) {
-    for (const LinearWeights* w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
-      bytes_per_token_ += matrix_bytes(*w);
-    }
+    for (const LinearWeights* w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) account(*w);
   }
-  bytes_per_token_ += matrix_bytes(head_);
+  account(head_);
 }
 
 }  // namespace sagellm::cuda

@@ -11,6 +11,7 @@
 #include "sagellm/cuda/memory.h"
 #include "sagellm/cuda/stream.h"
 #include "sagellm/kernels/cuda/float_type.h"
+#include "sagellm/kernels/cuda/quantized.h"
 #include "sagellm/model/config.h"
 
 namespace sagellm::cuda {
@@ -27,14 +28,19 @@ struct HostTensor {
 /// Canonical name ("layers.3.q") -> tensor.
 using HostTensors = std::map<std::string, HostTensor>;
 
-/// Rows [first, first + n) of a linear layer, row-major, 16 bytes aligned.
+/// Rows [first, first + n) of a linear layer: rearranged for the kernels of quantized.h, or dense,
+/// row-major.
 struct WeightPart {
-  const std::byte* data = nullptr;
   int64_t first = 0;
   int64_t n = 0;
+  bool is_quantized = false;
+  const std::byte* dense = nullptr;
+  kernels::cuda::QuantMatrix quantized;
+  int64_t bytes = 0;
 };
 
-/// A linear layer: matrices with the same input, one below the other.
+/// A linear layer: matrices with the same input, one below the other; neighbours of one format are
+/// one part.
 struct LinearWeights {
   std::vector<WeightPart> parts;
   int64_t n = 0;
@@ -55,7 +61,8 @@ struct DeviceLayer {
 
 class DeviceWeights {
  public:
-  /// Loads everything in one allocation. Throws CorruptFile naming the tensor, DeviceError when
+  /// Loads everything in one allocation. Formats that is_device_format() refuses are expanded to
+  /// type(). Throws CorruptFile naming the tensor, DeviceError when
   /// memory does not suffice.
   DeviceWeights(const model::ModelConfig& config, const HostTensors& tensors, const Stream& stream);
 
@@ -64,21 +71,26 @@ class DeviceWeights {
   const std::vector<DeviceLayer>& layers() const { return layers_; }
   const float* final_norm() const { return final_norm_; }
   const LinearWeights& head() const { return head_; }
-  /// [vocab][hidden] of type().
-  const std::byte* embedding() const { return embedding_; }
+  /// One part, [vocab][hidden].
+  const WeightPart& embedding() const {
+    return (embedding_.parts.empty() ? head_ : embedding_).parts.front();
+  }
 
   size_t bytes() const { return memory_.size(); }
   /// Bytes of weights read to produce one token at batch 1 (all matrices and the head).
   size_t bytes_per_token() const { return bytes_per_token_; }
+  /// Most inputs of a layer with quantized weights; 0 when all are dense.
+  int64_t max_quantized_k() const { return max_quantized_k_; }
 
  private:
   kernels::cuda::FloatType type_;
   std::vector<DeviceLayer> layers_;
   const float* final_norm_ = nullptr;
   LinearWeights head_;
-  const std::byte* embedding_ = nullptr;
+  LinearWeights embedding_;  // no parts when tied
   DeviceBuffer memory_;
   size_t bytes_per_token_ = 0;
+  int64_t max_quantized_k_ = 0;
 };
 
 }  // namespace sagellm::cuda

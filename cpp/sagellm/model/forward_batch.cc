@@ -47,10 +47,10 @@ void validate(const ForwardBatch& batch, const ModelConfig& config, const BatchL
                            " tokens; max_batch_tokens is ", limits.max_batch_tokens);
   require<InvalidArgument>(batch.positions.size() == batch.token_ids.size(),
                            "positions and token_ids differ in length");
-  require<InvalidArgument>(
-      sequences >= 1 && batch.query_starts.front() == 0 && batch.query_starts.back() == tokens &&
-          std::is_sorted(batch.query_starts.begin(), batch.query_starts.end()),
-      "query_starts must run from 0 to the number of tokens");
+  require<InvalidArgument>(sequences >= 1 && batch.query_starts.front() == 0 &&
+                               batch.query_starts.back() == tokens &&
+                               std::is_sorted(batch.query_starts.begin(), batch.query_starts.end()),
+                           "query_starts must run from 0 to the number of tokens");
   require<InvalidArgument>(batch.max_blocks >= 1 && batch.block_tables.size() ==
                                                         static_cast<size_t>(batch.num_groups) *
                                                             static_cast<size_t>(sequences) *

@@ -63,7 +63,7 @@ class CpuRunner:
         self._config = checkpoint.config
         self._groups = plan_kv_groups(checkpoint.config.layer_windows)
         self._decoder = self._core.model.Decoder(
-            _native_config(self._core, checkpoint.config, self._groups),
+            native_config(self._core, checkpoint.config, self._groups),
             [
                 (name, checkpoint.files[s.file], s.tensor, s.unpermute_heads, s.add_one)
                 for name, s in checkpoint.sources.items()
@@ -171,7 +171,7 @@ class CpuRunner:
             return_logits,
             return_hidden,
         )
-        return StepOutput(rows=tuple(_sampled(rows)), logits=logits, hidden=hidden)
+        return StepOutput(rows=tuple(sampled_rows(rows)), logits=logits, hidden=hidden)
 
     def close(self) -> None:
         """Frees weights and KV pages; the runner is unusable afterwards."""
@@ -181,7 +181,8 @@ class CpuRunner:
 _NativeRow = tuple[int, "float | None", tuple[int, ...], tuple[float, ...], "str | None"]
 
 
-def _sampled(rows: Iterable[_NativeRow]) -> Iterable[SampledRow]:
+def sampled_rows(rows: Iterable[_NativeRow]) -> Iterable[SampledRow]:
+    """What a native step answered, row by row."""
     for token_id, logprob, top_ids, top_logprobs, error in rows:
         yield SampledRow(
             token_id=token_id,
@@ -192,7 +193,8 @@ def _sampled(rows: Iterable[_NativeRow]) -> Iterable[SampledRow]:
         )
 
 
-def _native_config(core: ModuleType, config: ModelConfig, groups: tuple[KvGroup, ...]) -> Any:
+def native_config(core: ModuleType, config: ModelConfig, groups: tuple[KvGroup, ...]) -> Any:
+    """The ModelConfig of a native module that has a ``model`` part."""
     native = core.model.ModelConfig()
     for name in (
         "vocab_size",

@@ -1,15 +1,29 @@
-"""NVIDIA devices: the module ``sagellm._cuda``, what it lacks here, and a self-test."""
+"""NVIDIA devices: the module ``sagellm._cuda``, what it lacks here, a self-test, and the runner."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sagellm.errors import DeviceUnavailableError, SagellmError
+from sagellm.backends.cpu import native_config, sampled_rows
+from sagellm.backends.interface import ForwardBatch, SamplingRow, StepOutput
+from sagellm.errors import DeviceUnavailableError, InvalidArgumentError, SagellmError
+from sagellm.kv import create_kv_cache, plan_kv_groups
+
+if TYPE_CHECKING:
+    from sagellm.checkpoint import Checkpoint
+    from sagellm.checkpoint.config import ModelConfig
+    from sagellm.kv.interface import KvCache, KvGroup
+
+logger = logging.getLogger(__name__)
+
+KV_DTYPES = ("auto", "bf16", "f16", "int8", "fp8")
 
 
 def load_cuda() -> ModuleType:
@@ -70,3 +84,192 @@ def self_test(module: ModuleType) -> str | None:
     expected = np.einsum("mk,nk->mn", x, weights)  # small integers: exact in every format
     wrong = int(np.count_nonzero(out.numpy() != expected))
     return f"{wrong} of {expected.size} elements of a product are wrong" if wrong else None
+
+
+class CudaRunner:
+    """Runs a checkpoint on the kernels of ``_cuda``.
+
+    Args:
+        checkpoint: An opened model; its weights are copied to the device.
+        device: Index of the device.
+        max_batch_tokens: Largest number of tokens in one step.
+        kv_dtype: What keys and values are stored as: ``auto`` (as the activations), ``bf16`` or
+            ``f16`` where that is the activations' type, ``int8`` or ``fp8``.
+        deterministic: A sequence's results do not depend on what runs beside it, bit for bit.
+            Without it they repeat from run to run, and may differ from batch to batch.
+        cublas: False multiplies with the project's own kernels; None takes cuBLASLt where there is
+            one and says in the log when there is none.
+        max_graph_sequences: Decode steps of up to so many sequences are recorded as CUDA graphs.
+        module: The kernels; None imports ``sagellm._cuda``.
+
+    Raises:
+        DeviceUnavailableError: The device cannot run here or lacks memory.
+        UnsupportedError: The model cannot run there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: int = 0,
+        max_batch_tokens: int = 512,
+        kv_dtype: str = "auto",
+        deterministic: bool = False,
+        cublas: bool | None = None,
+        max_graph_sequences: int = 256,
+        module: ModuleType | None = None,
+    ) -> None:
+        if kv_dtype not in KV_DTYPES:
+            raise InvalidArgumentError(
+                f"kv_dtype is {kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}"
+            )
+        self._module = load_cuda() if module is None else module
+        self._index = device
+        self._config = checkpoint.config
+        self._groups = plan_kv_groups(checkpoint.config.layer_windows)
+        folders = cublas_folders()
+        self._decoder = self._module.model.Decoder(
+            config=native_config(self._module, checkpoint.config, self._groups),
+            sources=_host_tensors(checkpoint),
+            device=device,
+            max_batch_tokens=max_batch_tokens,
+            max_graph_sequences=max_graph_sequences,
+            kv_dtype=kv_dtype,
+            deterministic=deterministic,
+            use_cublas=not deterministic and self._use_cublas(cublas, folders),
+            cublas_folders=folders,
+        )
+        self._check_kv_dtype(kv_dtype)
+
+    def _use_cublas(self, wanted: bool | None, folders: list[str]) -> bool:
+        if wanted is not None:
+            return wanted
+        try:
+            self._module.CublasLt(folders)
+        except DeviceUnavailableError as error:
+            logger.warning("%s; the project's own kernels multiply, more slowly", error)
+            return False
+        return True
+
+    def _check_kv_dtype(self, wanted: str) -> None:
+        if wanted not in ("auto", self.kv_dtype):
+            raise InvalidArgumentError(
+                f"kv_dtype {wanted!r} does not go with this model, whose activations are "
+                f"{self.kv_dtype}; choose 'auto', {self.kv_dtype!r}, 'int8' or 'fp8'"
+            )
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self._config
+
+    @property
+    def kv_groups(self) -> tuple[KvGroup, ...]:
+        """Layers that share block tables."""
+        return self._groups
+
+    @property
+    def device(self) -> str:
+        """Such as ``cuda:0``."""
+        return f"cuda:{self._index}"
+
+    @property
+    def matmul(self) -> str:
+        """What multiplies: a version of cuBLASLt, or own kernels."""
+        return str(self._decoder.matmul)
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Weight bytes read to decode one token at batch 1."""
+        return int(self._decoder.weight_bytes_per_token)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Ledger of device bytes: ``weights``, ``kv``, ``workspace``."""
+        return {
+            "weights": int(self._decoder.weight_bytes),
+            "kv": int(self._decoder.kv_bytes),
+            "workspace": int(self._decoder.workspace_bytes),
+        }
+
+    @property
+    def free_memory_bytes(self) -> int:
+        """Bytes of the device that nobody has taken, as its driver counts them now."""
+        return int(self._decoder.free_bytes)
+
+    @property
+    def kv_dtype(self) -> str:
+        """``bf16``, ``f16``, ``int8`` or ``fp8``."""
+        return str(self._decoder.kv_dtype)
+
+    @property
+    def graph_counts(self) -> tuple[int, int]:
+        """Decode steps recorded, and how often a recording was replayed."""
+        return int(self._decoder.num_graphs), int(self._decoder.graph_replays)
+
+    @property
+    def launch_seconds(self) -> float:
+        """Host time of preparing and queueing the last step."""
+        return float(self._decoder.launch_seconds)
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        """Bytes of one KV block of ``block_size`` tokens."""
+        return int(self._decoder.kv_bytes_per_block(block_size))
+
+    def allocate_kv(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+    ) -> KvCache:
+        """Creates the KV pages on the device and the cache that manages them. Called once."""
+        self._decoder.allocate_kv(num_blocks, block_size)
+        return create_kv_cache(
+            num_blocks,
+            block_size,
+            tuple(group.window for group in self._groups),
+            native=True,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+
+    def step(
+        self,
+        batch: ForwardBatch,
+        sampling: tuple[SamplingRow, ...] = (),
+        *,
+        return_logits: bool = False,
+        return_hidden: bool = False,
+    ) -> StepOutput:
+        """Runs one forward pass in one native call; see ``ModelRunner.step``."""
+        rows, logits, hidden = self._decoder.step(
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.block_tables,
+            batch.block_copies,
+            batch.logit_rows,
+            sampling,
+            return_logits,
+            return_hidden,
+        )
+        return StepOutput(rows=tuple(sampled_rows(rows)), logits=logits, hidden=hidden)
+
+    def close(self) -> None:
+        """Frees weights and KV pages; the runner is unusable afterwards."""
+        del self._decoder
+
+
+def _host_tensors(checkpoint: Checkpoint) -> list[tuple[Any, ...]]:
+    """Stored tensors as the native decoder takes them: views of the mapped files."""
+    tensors = []
+    for name, source in checkpoint.sources.items():
+        file: Any = checkpoint.files[source.file]
+        info = file.tensors[source.tensor]
+        tensors.append(
+            (
+                name,
+                info.format,
+                list(info.shape),
+                file.raw(source.tensor),
+                source.unpermute_heads,
+                source.add_one,
+            )
+        )
+    return tensors

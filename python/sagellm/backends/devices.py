@@ -15,7 +15,7 @@ import numpy as np
 
 from sagellm.backends.array_ops import ArrayOps
 from sagellm.backends.cpu import CpuRunner
-from sagellm.backends.cuda import probe_cuda
+from sagellm.backends.cuda import CudaRunner, probe_cuda
 from sagellm.backends.reference import ReferenceRunner
 from sagellm.errors import DeviceUnavailableError, InvalidArgumentError
 from sagellm.native import load_core
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cuda", "ascend", "cpu", "reference", "torch", "mock")
 _INDEXED = ("cuda", "ascend")  # take :INDEX
+_CUDA_OPTIONS = {"max_batch_tokens", "kv_dtype", "deterministic", "cublas"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +76,12 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
 
     Args:
         checkpoint: An opened model.
-        device: ``auto``, ``cpu``, ``reference`` (NumPy), ``ascend`` or ``ascend:INDEX`` (the
-            reference backend on torch's ``npu``), ``torch`` or ``torch:DEVICE`` (the same on any
-            torch device).
+        device: ``auto``, ``cuda`` or ``cuda:INDEX``, ``cpu``, ``reference`` (NumPy), ``ascend`` or
+            ``ascend:INDEX`` (the reference backend on torch's ``npu``), ``torch`` or
+            ``torch:DEVICE`` (the same on any torch device).
         **options: Options of the backend: ``threads``, ``max_batch_tokens``, ``precision``,
-            ``isa`` for ``cpu``. Options that are None are left to the backend.
+            ``isa`` for ``cpu``; ``max_batch_tokens``, ``kv_dtype``, ``deterministic``, ``cublas``
+            for ``cuda``. Options that are None are left to the backend.
 
     Raises:
         InvalidArgumentError: An unknown device, or an option that the device does not have.
@@ -89,10 +91,14 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
     given = {name: value for name, value in options.items() if value is not None}
     if chosen == "cpu":
         return CpuRunner(checkpoint, **given)
+    name, _, rest = chosen.partition(":")
+    if name == "cuda":
+        for option in given.keys() - _CUDA_OPTIONS:
+            raise InvalidArgumentError(f"device {chosen!r} has no option {option}; leave it out")
+        return CudaRunner(checkpoint, device=int(rest or 0), **given)
     given.pop("max_batch_tokens", None)  # sizes the native core's workspace; others need none
     if given:
         raise InvalidArgumentError(f"device {chosen!r} has no option {', '.join(sorted(given))}")
-    name, _, rest = chosen.partition(":")
     if name == "reference":
         return ReferenceRunner(checkpoint)
     if name == "ascend":
@@ -140,10 +146,7 @@ def _probe(name: str, index: int = 0) -> DeviceStatus:
 
 
 def _probe_cuda(index: int) -> str:
-    raise DeviceUnavailableError(
-        f"the engine does not run on CUDA kernels yet ({probe_cuda(index)}); use device 'cpu', or "
-        "'torch:cuda' with a torch built for CUDA (the reference backend: correct, not fast)"
-    )
+    return probe_cuda(index)
 
 
 def _probe_ascend(index: int) -> str:

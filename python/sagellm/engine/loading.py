@@ -26,6 +26,7 @@ def load_engine(
     threads: int | None = None,
     precision: str | None = None,
     isa: str | None = None,
+    deterministic: bool | None = None,
 ) -> Engine:
     """Opens a model and builds an engine on it.
 
@@ -37,6 +38,8 @@ def load_engine(
         threads: CPU threads; None takes all of this process.
         precision: Of activations, for devices that have a choice.
         isa: Forces an instruction-set path.
+        deterministic: On a device whose answers depend on the batch otherwise (``cuda``): they do
+            not. The CPU's never do.
 
     Raises:
         SagellmError: The model is not found, corrupt or unsupported, or memory does not suffice.
@@ -56,6 +59,7 @@ def load_engine(
         max_batch_tokens=config.max_batch_tokens,
         precision=precision,
         isa=isa,
+        deterministic=deterministic,
     )
     try:
         return Engine(runner, tokenizer, config, chat_template=template)

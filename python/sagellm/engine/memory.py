@@ -8,7 +8,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from sagellm.errors import ResourceExhaustedError
 
@@ -24,6 +24,15 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 DEFAULT_KV_BYTES = GIB  # unless one sequence of max_model_len needs more
 _HEADROOM = 256 << 20  # left to the rest of the process and the machine
+
+
+@runtime_checkable
+class DeviceMemory(Protocol):
+    """A runner whose KV pool lies in memory of its device, which serves nothing else."""
+
+    @property
+    def free_memory_bytes(self) -> int:
+        """Bytes of the device that nobody has taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,18 +87,23 @@ def resolve_kv_plan(
 
     Without a budget in ``config`` the pool takes 1 GiB, or what one sequence of ``max_model_len``
     needs if that is more, but never over half of the free memory nor over what ``max_num_seqs``
-    sequences of ``max_model_len`` could use.
+    sequences of ``max_model_len`` could use. On a device with memory of its own it takes nine
+    tenths of what is free there, within the last of these bounds.
 
     Args:
         runner: Its weights are loaded already and so no longer count as free.
         config: The engine's knobs.
-        available_bytes: Free memory; None reads it from the system.
+        available_bytes: Free memory; None reads it from the runner's device or the system.
 
     Raises:
         ResourceExhaustedError: The budget does not fit in memory, or ``max_model_len`` not in the
             budget; the message names the knob and the largest value that fits.
     """
-    available = available_memory() if available_bytes is None else available_bytes
+    own = runner if isinstance(runner, DeviceMemory) else None
+    if available_bytes is not None:
+        available = available_bytes
+    else:
+        available = available_memory() if own is None else own.free_memory_bytes
     groups, size = runner.kv_groups, config.block_size
     per_block = max(1, runner.kv_bytes_per_block(size))
     usable = max(0, available - _HEADROOM)
@@ -101,6 +115,8 @@ def resolve_kv_plan(
         num_blocks = config.kv_cache_bytes // per_block
     elif config.kv_cache_tokens is not None:
         num_blocks = -(-config.kv_cache_tokens // size) * len(groups)
+    elif own is not None:
+        num_blocks = min(usable * 9 // 10 // per_block, one * config.max_num_seqs)
     else:
         half = usable // 2 // per_block
         num_blocks = min(max(DEFAULT_KV_BYTES // per_block, one), half, one * config.max_num_seqs)

@@ -37,7 +37,7 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
   using Loader::next_entry;
   using Loader::num_entries;
   using Loader::p_;
-  using Loader::query;
+  using Loader::query_rows;
   using Loader::ring;
   using Loader::row_of;
   using Loader::start;
@@ -67,14 +67,14 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
       uint32_t fragments[kDim / 16][4];
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step) {
-        load_query<kDim, kType>(fragments[step], query(), step);
+        load_query<kDim, kType>(fragments[step], query_rows(), step);
       }
       attend(acc, maximum, sum, [&](uint32_t(&a)[4], int, int step) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) a[w] = fragments[step][w];
       });
     } else {
-      const std::byte* q = query() + first_row() * Layout::kQueryStride;
+      const std::byte* q = query_rows() + first_row() * Layout::kQueryStride;
       attend(acc, maximum, sum, [&](uint32_t(&a)[4], int tile, int step) {
         load_query<kDim, kType>(a, q + tile * 16 * Layout::kQueryStride, step);
       });

@@ -153,7 +153,7 @@ class AttentionLoader {
         words = load_stream(static_cast<const uint16_t*>(p_.q) + token * p_.q_stride +
                             int64_t{head_of_row(row)} * p_.kv.head_dim + chunk * 8);
       }
-      std::byte* to = query() + row * Layout::kQueryStride;
+      std::byte* to = query_rows() + row * Layout::kQueryStride;
       if constexpr (!KvTraits<kType>::kHasScales) {
         *reinterpret_cast<uint4*>(to + chunk * 16) = words;
       } else {  // pairs 0 2 4 6 of sixteen dimensions, then 1 3 5 7: see the note on 8-bit K
@@ -177,7 +177,7 @@ class AttentionLoader {
   // see A row sees tokens before its end, which lies in the space between the rows of Q. Rows
   // beyond the tile see everything; they are not written.
   SAGE_DEVICE int32_t* end_of_row(int row) const {
-    return reinterpret_cast<int32_t*>(query() + row * Layout::kQueryStride + kDim * 2);
+    return reinterpret_cast<int32_t*>(query_rows() + row * Layout::kQueryStride + kDim * 2);
   }
   SAGE_DEVICE void store_ends() const {
     const int row = static_cast<int>(threadIdx.x);
@@ -221,13 +221,13 @@ class AttentionLoader {
   SAGE_DEVICE int plane_rows() const { return p_.kv.page_size * p_.kv.num_kv_heads; }
   SAGE_DEVICE int head_row() const { return p_.kv.page_size * kv_head(); }
 
-  SAGE_DEVICE static std::byte* query() { return shared_memory<std::byte>(); }
+  SAGE_DEVICE static std::byte* query_rows() { return shared_memory<std::byte>(); }
   /// By token of the item; in the place of Q, once all warps are done with it.
-  SAGE_DEVICE static int32_t* complete() { return reinterpret_cast<int32_t*>(query()); }
+  SAGE_DEVICE static int32_t* complete() { return reinterpret_cast<int32_t*>(query_rows()); }
   SAGE_DEVICE static float2* sums() {
-    return reinterpret_cast<float2*>(query() + Shape::kQueryBytes);
+    return reinterpret_cast<float2*>(query_rows() + Shape::kQueryBytes);
   }
-  SAGE_DEVICE static std::byte* ring() { return query() + Shape::kFixedBytes; }
+  SAGE_DEVICE static std::byte* ring() { return query_rows() + Shape::kFixedBytes; }
   SAGE_DEVICE static std::byte* warp_ring() {
     return ring() + (Shape::kWide ? 0 : warp_id() * Shape::kEntryBytes);
   }

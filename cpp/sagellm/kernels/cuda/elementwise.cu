@@ -1,9 +1,8 @@
 // Bound by memory: every byte is read and written once, in pieces of 16 bytes, with all loads of a
 // thread issued before the first use.
-#include "sagellm/kernels/cuda/elementwise.h"
-
 #include <cmath>
 
+#include "sagellm/kernels/cuda/elementwise.h"
 #include "sagellm/kernels/cuda/vector.cuh"
 
 namespace sagellm::kernels::cuda {
@@ -65,8 +64,7 @@ __global__ void __launch_bounds__(1024)
     if (columns[i] >= p.n) continue;
     x[i] = load_vector<float, false>(residual + columns[i]);
     if (p.delta == nullptr) continue;
-    delta[i] =
-        load_vector(static_cast<const Delta*>(p.delta) + row * p.delta_stride + columns[i]);
+    delta[i] = load_vector(static_cast<const Delta*>(p.delta) + row * p.delta_stride + columns[i]);
   }
   if (p.delta != nullptr) {
     if (p.post_norm != nullptr) {
@@ -192,8 +190,7 @@ SAGE_DEVICE uint2 encode(const Vector& x, float inverse) {
 /// Stores a row of K (plane 0) or V (plane 1).
 SAGE_DEVICE void store_kv(const HeadPieces& head, const KvPages& kv, int slot, int kv_head,
                           int plane, float largest, bool first_lane) {
-  const int64_t plane_bytes =
-      kv_plane_bytes(kv.type, kv.page_size, kv.num_kv_heads, kv.head_dim);
+  const int64_t plane_bytes = kv_plane_bytes(kv.type, kv.page_size, kv.num_kv_heads, kv.head_dim);
   std::byte* block = kv.pool + slot / kv.page_size * kv.block_stride;
   const int64_t row = int64_t{kv_head} * kv.page_size + slot % kv.page_size;
   std::byte* to = block + plane * plane_bytes + row * kv.head_dim * kv_element_bytes(kv.type);
@@ -232,9 +229,9 @@ __global__ void __launch_bounds__(kThreads) finish_qkv_kernel(const __grid_const
   const bool active = index < int64_t{p.num_tokens} * heads && lane < dim / 16;
   const int64_t token = active ? index / heads : 0;
   const int head_index = active ? static_cast<int>(index % heads) : 0;
-  const int group = head_index < p.num_heads                        ? 0
+  const int group = head_index < p.num_heads                       ? 0
                     : head_index < p.num_heads + p.kv.num_kv_heads ? 1
-                                                                    : 2;  // q, k, v
+                                                                   : 2;  // q, k, v
   const bool rotated = group < 2 && lane < p.half / kVector;
   HeadPieces head;
   head.at[0] = lane * (lane < p.half / kVector ? kVector : 2 * kVector);
@@ -276,7 +273,8 @@ __global__ void __launch_bounds__(kThreads) finish_qkv_kernel(const __grid_const
   store_kv(head, p.kv, slot, kv_head, group - 1, largest, lane == 0);
 }
 
-// ------------------------------------------------------------------------------- gate, cap, convert
+// ------------------------------------------------------------------------------- gate, cap,
+// convert
 SAGE_DEVICE float silu(float x) { return __fdiv_rn(x, 1.f + expf(-x)); }
 SAGE_DEVICE float gelu_tanh(float x) {
   const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
@@ -304,7 +302,8 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__
   store_vector(static_cast<Out*>(p.out) + row * p.out_stride + column, out);
 }
 
-__global__ void __launch_bounds__(kThreads) softcap_kernel(const __grid_constant__ SoftcapParams p) {
+__global__ void __launch_bounds__(kThreads)
+    softcap_kernel(const __grid_constant__ SoftcapParams p) {
   const int64_t at = global_thread() * kVector;
   if (at >= p.count) return;
   Vector x = load_vector<float, false>(p.x + at);
@@ -314,7 +313,8 @@ __global__ void __launch_bounds__(kThreads) softcap_kernel(const __grid_constant
 }
 
 template <typename From, typename To>
-__global__ void __launch_bounds__(kThreads) convert_kernel(const __grid_constant__ ConvertParams p) {
+__global__ void __launch_bounds__(kThreads)
+    convert_kernel(const __grid_constant__ ConvertParams p) {
   const int64_t at = global_thread() * kVector;
   if (at >= p.count) return;
   store_vector(static_cast<To*>(p.to) + at, load_vector(static_cast<const From*>(p.from) + at));

@@ -1,5 +1,5 @@
-// Everything of a decoder layer that is neither a matrix product nor attention. Rows are dense, their
-// starts are multiples of 16 bytes, and their lengths multiples of 8 elements; strides are in
+// Everything of a decoder layer that is neither a matrix product nor attention. Rows are dense,
+// their starts are multiples of 16 bytes, and their lengths multiples of 8 elements; strides are in
 // elements. Sums depend on the length of a row alone: a row has the same bits in any batch.
 #pragma once
 
@@ -37,7 +37,7 @@ struct AddRmsNormParams {
   const float* weight = nullptr;     // [n]
   const int32_t* rows = nullptr;     // [num_rows]: rows of residual and delta, out stays dense;
                                      // null: 0, 1, 2..
-  void* out = nullptr;  // [num_rows][out_stride], or null
+  void* out = nullptr;               // [num_rows][out_stride], or null
   int64_t out_stride = 0;
   int32_t num_rows = 0;
   int32_t n = 0;
@@ -58,8 +58,8 @@ struct RopeTableParams {
 };
 void rope_table(const RopeTableParams& params, void* stream);
 
-/// Finishes the fused projection of a layer: adds the bias, normalises the heads of q and k, rotates
-/// pairs (i, i + half) of them, writes q for the attention kernel, K and V into the pages.
+/// Finishes the fused projection of a layer: adds the bias, normalises the heads of q and k,
+/// rotates pairs (i, i + half) of them, writes q for the attention kernel, K and V into the pages.
 struct QkvParams {
   const void* qkv = nullptr;  // [num_tokens][stride]: q heads, then k heads, then v heads
   int64_t stride = 0;

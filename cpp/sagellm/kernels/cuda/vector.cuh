@@ -13,7 +13,8 @@ struct Vector {
 
 SAGE_DEVICE Vector zero_vector() { return Vector{{0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f}}; }
 
-/// Eight elements from an address aligned to 16 bytes. `Stream`: nothing writes them in this launch.
+/// Eight elements from an address aligned to 16 bytes. `Stream`: nothing writes them in this
+/// launch.
 template <typename T, bool Stream = true>
 SAGE_DEVICE Vector load_vector(const T* from) {
   const auto read = [](const void* address) {

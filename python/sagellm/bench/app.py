@@ -12,8 +12,10 @@ import typer
 from sagellm.bench import kernels as kernel_bench
 from sagellm.bench import kv as kv_bench
 from sagellm.bench import offline as offline_bench
-from sagellm.bench import report
+from sagellm.bench import peers_command, report
+from sagellm.bench.compare.command import compare
 from sagellm.bench.serve_command import serve
+from sagellm.engine.config import parse_speculation
 from sagellm.errors import InvalidArgumentError
 from sagellm.native import load_core
 
@@ -48,6 +50,7 @@ def bench(context: typer.Context, profile: Profile = None) -> None:
       sagellm bench kernels --formats Q4_1,BF16 --tokens 1,32
       sagellm bench kv --json
       sagellm bench serve --serve smollm2 --concurrency 1,8,32
+      sagellm bench compare --quick
       sagellm bench --profile out.prof      a profile of `offline`
     """  # noqa: D301
     if context.invoked_subcommand is None:
@@ -68,6 +71,10 @@ def offline(
     repeat: Annotated[int, typer.Option(min=1, help="Measured runs; medians are reported.")] = 5,
     precision: Annotated[str | None, typer.Option(help="a8 or a15.  [default: a8]")] = None,
     device: Annotated[str, typer.Option(help="As for `sagellm run`.")] = "auto",
+    speculate: Annotated[
+        str,
+        typer.Option(help="auto, off or N, as for `sagellm run`; random prompts repeat soon."),
+    ] = "off",
     plot: Plot = None,
     profile: Profile = None,
     as_json: Json = False,
@@ -104,6 +111,7 @@ def offline(
             repeat=repeat,
             precision=precision,
             device=device,
+            speculation=parse_speculation(speculate),
         )
     offline_bench.show(result, as_json=as_json)
     if plot is not None:
@@ -162,6 +170,8 @@ def kv(
 
 
 app.command("serve")(serve)
+app.command("compare")(compare)
+app.add_typer(peers_command.app, name="peers")
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:

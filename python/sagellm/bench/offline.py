@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sagellm.bench import report
 from sagellm.checkpoint.store import resolve_model
-from sagellm.engine.config import EngineConfig
+from sagellm.engine.config import EngineConfig, Speculation
 from sagellm.engine.engine import Engine
 from sagellm.engine.llm import new_request
 from sagellm.engine.loading import load_engine
@@ -49,6 +49,8 @@ class OfflineResult:
         probe_gbps: Read bandwidth over as many bytes as the weights, in the same minute; None
             without the native core.
         probe_percent: decode_gbps as a share of probe_gbps.
+        spec_accept_rate: Share of the drafted tokens that were accepted; None if there were none.
+            ``decode_gbps`` counts the bytes of steps of one token and means little then.
         logits_hash: SHA-256 (16 hex digits) of the float32 logits of a fixed prompt: equal hashes,
             equal bytes.
         decode_runs, probe_runs: What the medians are of.
@@ -75,6 +77,7 @@ class OfflineResult:
     probe_gbps: float | None
     probe_percent: float | None
     logits_hash: str
+    spec_accept_rate: float | None
     decode_runs: tuple[float, ...]
     probe_runs: tuple[float, ...]
 
@@ -89,6 +92,7 @@ def run(
     repeat: int,
     precision: str | None,
     device: str,
+    speculation: Speculation = "off",
 ) -> OfflineResult:
     """Loads the model, downloading it first if need be, and measures it.
 
@@ -106,6 +110,7 @@ def run(
         max_num_seqs=streams,
         max_batch_tokens=max(512, streams),
         kv_cache_tokens=streams * (length + 64),
+        speculation=speculation,
     )
     try:
         engine = load_engine(model, config, device=device, threads=threads, precision=precision)
@@ -230,6 +235,7 @@ class _Bench:
             probe_gbps=probe,
             probe_percent=100 * rate / probe if rate is not None and probe else None,
             logits_hash=logits_hash,
+            spec_accept_rate=self.engine.stats().spec_accept_rate,
             decode_runs=tuple(self.decode),
             probe_runs=tuple(self.probes),
         )

@@ -15,6 +15,7 @@ from sagellm.cli.options import (
     MaxTokens,
     Model,
     Precision,
+    Speculate,
     Threads,
     open_llm,
     request_for,
@@ -34,6 +35,7 @@ def chat(
     device: Device = "auto",
     precision: Precision = None,
     kv_cache_gb: KvCacheGb = None,
+    speculate: Speculate = "auto",
 ) -> None:
     """Talk with a model.
 
@@ -46,7 +48,12 @@ def chat(
       sagellm chat smollm2 --temperature 0 < questions.txt
     """  # noqa: D301
     with open_llm(
-        model, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb
+        model,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_cache_gb=kv_cache_gb,
+        speculate=speculate,
     ) as llm:
         if not llm.has_chat_template:
             raise InvalidArgumentError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sagellm.checkpoint.store import resolve_model
+from sagellm.engine.config import parse_speculation
 from sagellm.engine.llm import LLM, new_request
 from sagellm.errors import InvalidArgumentError
 from sagellm.terminal import pull_progress
@@ -46,6 +48,16 @@ KvCacheGb = Annotated[
     typer.Option("--kv-cache-gb", help="Memory for the KV cache, in GiB.  [default: what fits]"),
 ]
 
+Speculate = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        metavar="auto|off|N",
+        help="Guess tokens ahead from earlier text, which changes no output: auto where it pays, "
+        "or up to N at a time.",
+    ),
+]
+
 
 def open_llm(
     model: str,
@@ -54,13 +66,24 @@ def open_llm(
     threads: int | None,
     precision: str | None,
     kv_cache_gb: float | None,
+    speculate: str = "auto",
 ) -> LLM:
     """Loads a model, and downloads it first if it is known but absent."""
+    speculation = parse_speculation(speculate)
     path: str | Path = model
     if device != "mock":  # it has no files
         with pull_progress(model) as progress:
             path = resolve_model(model, auto_pull=True, progress=progress)
-    return LLM(path, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb)
+    llm = LLM(
+        path,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_cache_gb=kv_cache_gb,
+        speculation=speculation,
+    )
+    gc.freeze()  # vocabularies live to the end: no pass of the collector needs to see them
+    return llm
 
 
 def request_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -10,9 +11,16 @@ import time
 from pathlib import Path
 
 from sagellm.checkpoint.store import resolve_model
-from sagellm.cli.options import Device, KvCacheGb, Precision, Threads
+from sagellm.cli.options import (
+    Device,
+    KvCacheGb,
+    Precision,
+    Speculate,
+    Threads,
+)
 from sagellm.cli.serve_options import (
     HELP,
+    AllowedHost,
     ApiKey,
     ApiKeyFile,
     ChatTemplateFile,
@@ -38,7 +46,7 @@ from sagellm.cli.serve_options import (
     StallTimeout,
     ToolCallFormat,
 )
-from sagellm.engine.config import EngineConfig
+from sagellm.engine.config import EngineConfig, parse_speculation
 from sagellm.engine.memory import GIB
 from sagellm.errors import InvalidArgumentError
 from sagellm.gateway.app import create_server
@@ -70,6 +78,7 @@ def serve(
     threads: Threads = None,
     precision: Precision = None,
     kv_cache_gb: KvCacheGb = None,
+    speculate: Speculate = "auto",
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
     max_queue: MaxQueue = 1024,
@@ -79,6 +88,7 @@ def serve(
     drain_notice: DrainNotice = 0.0,
     stall_timeout: StallTimeout = 60.0,
     cors_origin: CorsOrigin = None,
+    allowed_host: AllowedHost = None,
     metrics_public: MetricsPublic = False,
     otlp_endpoint: OtlpEndpoint = None,
     no_access_log: NoAccessLog = False,
@@ -92,6 +102,7 @@ def serve(
         api_keys=api_keys_of(api_key or [], api_key_file),
         served_model_name=tuple(served_model_name or ()),
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         request_timeout_s=request_timeout or None,
         drain_timeout_s=drain_timeout,
         drain_notice_s=drain_notice,
@@ -110,8 +121,8 @@ def serve(
         max_model_len=max_model_len,
         max_queue=max_queue,
         kv_cache_bytes=_bytes_of(kv_cache_gb),
+        speculation=parse_speculation(speculate),
     )
-    template = None if chat_template is None else read_template(chat_template)
     log.configure(force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     begun = time.perf_counter()
@@ -126,9 +137,10 @@ def serve(
             threads=threads,
             precision=precision,
             engine=engine,
-            chat_template=template,
+            chat_template=None if chat_template is None else read_template(chat_template),
         ),
     )
+    gc.freeze()  # vocabularies and modules stay: full passes of the collector need not see them
     _run(gateway, begun)
 
 

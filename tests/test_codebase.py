@@ -55,6 +55,7 @@ OPTIONAL_IMPORTS = {
 # And what takes long to load and is seldom needed, by the only file that may put it off.
 LATE_IMPORTS = {
     "rich": "python/sagellm/terminal.py",  # draws a bar when a download begins
+    "llguidance": "python/sagellm/engine/grammar.py",  # start-up: most requests have no grammar
 }
 NATIVE_MODULES = ("sagellm._core", "sagellm.backends.cpu")
 MAX_FUNCTION_LINES = 80

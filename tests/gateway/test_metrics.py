@@ -92,6 +92,21 @@ def test_requests_are_counted_and_timed() -> None:
     )
 
 
+def test_tokens_guessed_ahead_and_kept_are_counted() -> None:
+    with serving(mock_gateway(script="once more " * 5)) as client:
+        before = scrape(client)
+        chat(client, max_tokens=5)
+        assert before("vllm:spec_decode_num_draft_tokens_total") == 0
+        assert not before.labels("sagellm:spec_accept_rate")
+        answer = chat(client).json()["choices"][0]["message"]["content"]
+        metrics = scrape(client)
+    assert answer == "once more " * 5
+    drafted = metrics("vllm:spec_decode_num_draft_tokens_total", model_name="mock")
+    accepted = metrics("vllm:spec_decode_num_accepted_tokens_total", model_name="mock")
+    assert 20 < accepted <= drafted
+    assert metrics("sagellm:spec_accept_rate") == accepted / drafted
+
+
 def test_every_completion_counts_and_the_prompt_once() -> None:
     with serving(mock_gateway(script=ANSWER)) as client:
         usage = chat(client, n=3).json()["usage"]

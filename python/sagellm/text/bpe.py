@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
@@ -98,8 +98,10 @@ class LibraryModel:
         self._tokenizer = tokenizer
         self._style = style
         self._space = space
-        self._lock = threading.Lock()
         self._added = tokenizer.get_added_tokens_decoder()
+        # Whether control tokens are read is a switch on the library's object. One object for either
+        # position needs no lock: a short text never waits for the end of a long one.
+        self._literal = _literal_twin(tokenizer, self._added)
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.size = max(
             tokenizer.get_vocab_size(with_added_tokens=True), max(self._added, default=-1) + 1
@@ -107,11 +109,10 @@ class LibraryModel:
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
         """Segments text."""
-        with self._lock:  # whether control tokens are read is a switch on the library's object
-            self._tokenizer.encode_special_tokens = not parse_special
-            # A batch of one: unlike ``encode`` it lets other Python threads run meanwhile.
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-            ids: list[int] = encoding.ids
+        tokenizer = self._tokenizer if parse_special else self._literal
+        # A batch of one: unlike ``encode`` it lets other Python threads run meanwhile.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
 
     def piece(self, token_id: int) -> str:
@@ -139,6 +140,24 @@ class LibraryModel:
         return text.encode()
 
 
+def _literal_twin(tokenizer: LibraryTokenizer, added: Mapping[int, AddedToken]) -> LibraryTokenizer:
+    """A tokenizer like this one that reads the text of control tokens as text.
+
+    The two share the tables of the model, which is nearly all of their memory.
+    """
+    twin = LibraryTokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        twin.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        twin.pre_tokenizer = tokenizer.pre_tokenizer
+    for _, token in sorted(added.items()):
+        (twin.add_special_tokens if token.special else twin.add_tokens)([token])
+    if twin.get_added_tokens_decoder() != added:  # such as ids with gaps: copy everything then
+        twin = LibraryTokenizer.from_str(tokenizer.to_str())
+    twin.encode_special_tokens = True
+    return twin
+
+
 def rule_of(source: TokenizerSource) -> PreTokenizer:
     """The pre-tokenizer that a GGUF vocabulary names.
 
@@ -163,10 +182,12 @@ def build_bpe(source: TokenizerSource) -> LibraryModel:
         CorruptFileError: Tokens and merges contradict each other.
     """
     rule = rule_of(source)
-    vocabulary = {token: token_id for token_id, token in enumerate(source.tokens)}
+    vocabulary = dict(zip(source.tokens, range(len(source.tokens)), strict=True))
     if len(vocabulary) != len(source.tokens):
         raise CorruptFileError("the vocabulary holds the same token twice")
-    merges = [_merge_pair(merge) for merge in source.merges]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in source.merges]
+    if set(map(len, merges)) != {2}:  # a token that holds a space, or a malformed merge
+        merges = [_merge_pair(merge) for merge in source.merges]
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole_words)
     except Exception as error:  # the library has no exception type of its own
@@ -181,7 +202,9 @@ def build_bpe(source: TokenizerSource) -> LibraryModel:
         ]
     )
     special, plain = [], []
-    for token, kind in zip(source.tokens, source.token_types, strict=bool(source.token_types)):
+    normal = int(TokenType.NORMAL)  # most of them; comparing members of the enumeration is slow
+    for token_id in [i for i, kind in enumerate(source.token_types) if kind != normal]:
+        token, kind = source.tokens[token_id], source.token_types[token_id]
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
             special.append(AddedToken(token, special=True, normalized=False))
         elif kind == TokenType.USER_DEFINED:

@@ -10,6 +10,7 @@ constexpr int kChains = 16;
 
 void run_f32(int64_t count) {
   __m512 sums[kChains] = {};
+#pragma GCC unroll 16
   for (auto& sum : sums) asm volatile("" : "+v"(sum));  // no two are known to be equal
   __m512 x = _mm512_set1_ps(0.5f);
   for (int64_t n = 0; n < count; ++n) {
@@ -17,11 +18,13 @@ void run_f32(int64_t count) {
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) sums[i] = _mm512_fmadd_ps(x, x, sums[i]);
   }
+#pragma GCC unroll 16
   for (auto& sum : sums) asm volatile("" : : "v"(sum));
 }
 
 void run_i8(int64_t count) {
   __m512i sums[kChains] = {};
+#pragma GCC unroll 16
   for (auto& sum : sums) asm volatile("" : "+v"(sum));  // no two are known to be equal
   __m512i x = _mm512_set1_epi8(1);
   for (int64_t n = 0; n < count; ++n) {
@@ -29,6 +32,7 @@ void run_i8(int64_t count) {
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], x, x);
   }
+#pragma GCC unroll 16
   for (auto& sum : sums) asm volatile("" : : "v"(sum));
 }
 

@@ -10,6 +10,7 @@ constexpr int kChains = 16;
 
 void run_bf16(int64_t count) {
   __m512 sums[kChains] = {};
+#pragma GCC unroll 16
   for (auto& sum : sums) asm volatile("" : "+v"(sum));  // no two are known to be equal
   __m512i x = _mm512_set1_epi16(0x3f00);                // 0.5
   for (int64_t n = 0; n < count; ++n) {
@@ -18,6 +19,7 @@ void run_bf16(int64_t count) {
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], pairs, pairs);
   }
+#pragma GCC unroll 16
   for (auto& sum : sums) asm volatile("" : : "v"(sum));
 }
 

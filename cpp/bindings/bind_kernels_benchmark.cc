@@ -93,31 +93,35 @@ void register_kernels_benchmark(py::module_& m) {
         "Seconds of one matmul, without encoding the activations: {\"median\", \"best\", "
         "\"rounds\"}. `copies` of the\nweights are used in turn.");
   const auto shape_of = [](int32_t kv_heads, int32_t group, int32_t head_dim, int32_t context,
-                           int32_t num_tokens, int32_t layers) {
-    return bench::AttentionShape{kv_heads, group, head_dim, context, num_tokens, layers};
+                           int32_t num_tokens, int32_t layers, int32_t sequences) {
+    return bench::AttentionShape{kv_heads, group, head_dim, context, num_tokens, layers, sequences};
   };
   k.def(
       "time_attention",
       [shape_of](const std::string& isa, int32_t kv_heads, int32_t group, int32_t head_dim,
-                 int32_t context, int32_t num_tokens, int threads, double seconds, int32_t layers) {
+                 int32_t context, int32_t num_tokens, int threads, double seconds, int32_t layers,
+                 int32_t sequences) {
         const bench::Run run = run_of(isa, threads, seconds);
-        const auto shape = shape_of(kv_heads, group, head_dim, context, num_tokens, layers);
+        const auto shape =
+            shape_of(kv_heads, group, head_dim, context, num_tokens, layers, sequences);
         return measured([&] { return bench::time_attention(run, shape); });
       },
       "isa"_a, py::kw_only(), "kv_heads"_a, "group"_a, "head_dim"_a, "context"_a, "num_tokens"_a,
-      "threads"_a, "seconds"_a, "layers"_a = 1,
+      "threads"_a, "seconds"_a, "layers"_a = 1, "sequences"_a = 1,
       "Seconds of attention of the last `num_tokens` of `context` positions, merge included; "
-      "`layers` are used in turn.");
+      "`layers` of\n`sequences` are used in turn.");
   k.def(
       "time_kv_write",
       [shape_of](const std::string& isa, int32_t kv_heads, int32_t group, int32_t head_dim,
-                 int32_t context, int32_t num_tokens, int threads, double seconds, int32_t layers) {
+                 int32_t context, int32_t num_tokens, int threads, double seconds, int32_t layers,
+                 int32_t sequences) {
         const bench::Run run = run_of(isa, threads, seconds);
-        const auto shape = shape_of(kv_heads, group, head_dim, context, num_tokens, layers);
+        const auto shape =
+            shape_of(kv_heads, group, head_dim, context, num_tokens, layers, sequences);
         return measured([&] { return bench::time_kv_write(run, shape); });
       },
       "isa"_a, py::kw_only(), "kv_heads"_a, "group"_a, "head_dim"_a, "context"_a, "num_tokens"_a,
-      "threads"_a, "seconds"_a, "layers"_a = 1,
+      "threads"_a, "seconds"_a, "layers"_a = 1, "sequences"_a = 1,
       "Seconds of writing K and V of the last `num_tokens` of `context` positions.");
   k.def(
       "time_rows",

@@ -41,27 +41,29 @@ class Numbers {
   uint64_t state_ = 1;
 };
 
-/// Pages of one sequence whose blocks are scattered as after a while of serving, and a batch of its
-/// last tokens.
-class Sequence {
+/// Pages of some sequences whose blocks are scattered as after a while of serving, and the last
+/// tokens of one of them. Rounds take every layer of a sequence, then the next pages.
+class Pages {
  public:
-  explicit Sequence(const AttentionShape& shape)
+  explicit Pages(const AttentionShape& shape)
       : shape_(checked(shape)),
         num_blocks_(static_cast<int32_t>(ceil_div(shape.context, kBlockSize))),
-        storage_(num_blocks_, shape.num_layers, shape.num_kv_heads, shape.head_dim, kBlockSize),
+        storage_(int64_t{num_blocks_} * shape.num_sequences, shape.num_layers, shape.num_kv_heads,
+                 shape.head_dim, kBlockSize),
         row_(int64_t{shape.num_kv_heads} * (shape.group + 2) * shape.head_dim),
-        block_table_(static_cast<size_t>(num_blocks_)),
+        block_tables_(static_cast<size_t>(num_blocks_) * static_cast<size_t>(shape.num_sequences)),
         token_ids_(static_cast<size_t>(shape.num_tokens)),
         positions_(static_cast<size_t>(shape.num_tokens)),
         query_starts_{0, shape.num_tokens} {
-    for (int32_t i = 0; i < num_blocks_; ++i) {
-      block_table_[static_cast<size_t>(i)] = 1 + (i % 2 == 0 ? i / 2 : num_blocks_ - 1 - i / 2);
+    for (size_t i = 0; i < block_tables_.size(); ++i) {
+      const size_t block = i % 2 == 0 ? i / 2 : block_tables_.size() - 1 - i / 2;
+      block_tables_[i] = static_cast<int32_t>(1 + block);
     }
     std::iota(positions_.begin(), positions_.end(), shape.context - shape.num_tokens);
     batch_.token_ids = token_ids_;
     batch_.positions = positions_;
     batch_.query_starts = query_starts_;
-    batch_.block_tables = block_table_;
+    batch_.block_tables = std::span(block_tables_).first(static_cast<size_t>(num_blocks_));
     batch_.num_groups = 1;
     batch_.max_blocks = num_blocks_;
     qkv_ = Numbers().take(row_ * shape.num_tokens);
@@ -70,44 +72,52 @@ class Sequence {
   /// Gives every position of every layer a key and a value.
   void fill(const kernels::KernelTable& table) {
     const std::vector<float> values = Numbers().take(int64_t{shape_.context} * shape_.head_dim);
-    for (int layer = 0; layer < shape_.num_layers; ++layer) {
+    for (int64_t round = 0; round < num_rounds(); ++round) {
       for (int32_t head = 0; head < shape_.num_kv_heads; ++head) {
-        write(table, layer, head, 0, shape_.context, values.data(), values.data(), shape_.head_dim);
+        write(table, round, head, 0, shape_.context, values.data(), values.data(), shape_.head_dim);
       }
     }
   }
 
   /// Writes K and V of one head, where the batch has them.
-  void write_batch(const kernels::KernelTable& table, int layer, int32_t head) {
+  void write_batch(const kernels::KernelTable& table, int64_t round, int32_t head) {
     const float* k = qkv_.data() + int64_t{shape_.num_kv_heads} * shape_.group * shape_.head_dim +
                      int64_t{head} * shape_.head_dim;
     const float* v = k + int64_t{shape_.num_kv_heads} * shape_.head_dim;
-    write(table, layer, head, positions_.front(), shape_.num_tokens, k, v, row_);
+    write(table, round, head, positions_.front(), shape_.num_tokens, k, v, row_);
   }
 
+  kernels::KvView view(int64_t round) {
+    return storage_.view(static_cast<int>(round % shape_.num_layers));
+  }
+  const int32_t* block_table(int64_t round) const {
+    return block_tables_.data() + round / shape_.num_layers % shape_.num_sequences * num_blocks_;
+  }
   const model::ForwardBatch& batch() const { return batch_; }
   const float* q() const { return qkv_.data(); }
   int64_t row() const { return row_; }
-  kernels::KvView view(int layer) { return storage_.view(layer); }
 
  private:
+  int64_t num_rounds() const { return int64_t{shape_.num_layers} * shape_.num_sequences; }
+
   static const AttentionShape& checked(const AttentionShape& shape) {
     require<InvalidArgument>(
         shape.num_kv_heads > 0 && shape.group > 0 && shape.group <= kernels::kAttentionRows &&
             shape.head_dim > 0 && shape.context > 0 && shape.context <= (1 << 20) &&
-            shape.num_tokens > 0 && shape.num_tokens <= shape.context && shape.num_layers > 0,
+            shape.num_tokens > 0 && shape.num_tokens <= shape.context && shape.num_layers > 0 &&
+            shape.num_sequences > 0,
         "an attention benchmark needs positive sizes, at most ", kernels::kAttentionRows,
         " query heads per KV head, at most 1048576 positions and at most as "
         "many query tokens as positions");
     return shape;
   }
 
-  void write(const kernels::KernelTable& table, int layer, int32_t head, int32_t first,
+  void write(const kernels::KernelTable& table, int64_t round, int32_t head, int32_t first,
              int32_t count, const float* k, const float* v, int64_t stride) {
     kernels::KvWriteParams params;
-    params.kv = storage_.view(layer);
+    params.kv = view(round);
     params.kv_head = head;
-    params.block_table = block_table_.data();
+    params.block_table = block_table(round);
     params.first_position = first;
     params.num_tokens = count;
     params.k = k;
@@ -120,7 +130,7 @@ class Sequence {
   const int32_t num_blocks_;
   kv::KvStorage storage_;
   const int64_t row_;  // floats of one token: q, k, v
-  std::vector<int32_t> block_table_, token_ids_, positions_, query_starts_;
+  std::vector<int32_t> block_tables_, token_ids_, positions_, query_starts_;
   std::vector<float> qkv_;
   model::ForwardBatch batch_;
 };
@@ -176,10 +186,10 @@ runtime::Timing time_matmul(const Run& run, const quant::PackedMatrix& weights, 
 }
 
 runtime::Timing time_attention(const Run& run, const AttentionShape& shape) {
-  Sequence sequence(shape);
-  sequence.fill(run.table);
+  Pages pages(shape);
+  pages.fill(run.table);
   model::AttentionPlan plan;
-  plan.build(sequence.batch(), 0, shape.group, shape.num_kv_heads, run.num_threads);
+  plan.build(pages.batch(), 0, shape.group, shape.num_kv_heads, run.num_threads);
   const auto states = static_cast<size_t>(plan.num_states * shape.num_kv_heads);
   std::vector<float> m(states), l(states), acc(states * static_cast<size_t>(shape.head_dim));
   std::vector<float> out(static_cast<size_t>(int64_t{shape.num_tokens} * shape.num_kv_heads *
@@ -187,19 +197,18 @@ runtime::Timing time_attention(const Run& run, const AttentionShape& shape) {
   const size_t scratch_bytes = (run.table.attention_scratch_bytes + 63) / 64 * 64;
   Buffer scratch(std::max<size_t>(64, scratch_bytes * static_cast<size_t>(run.num_threads)));
 
-  const auto attend = [&](int thread, int layer, int64_t unit) {
+  const auto attend = [&](int thread, int64_t round, int64_t unit) {
     const model::AttentionItem& item = plan.items[static_cast<size_t>(unit / shape.num_kv_heads)];
     const model::AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
     const int64_t head = unit % shape.num_kv_heads;
     const int64_t state =
         head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * shape.group;
     kernels::AttentionParams params;
-    params.kv = sequence.view(layer);
+    params.kv = pages.view(round);
     params.kv_head = static_cast<int32_t>(head);
-    params.block_table = sequence.batch().block_table(0, 0);
-    params.q =
-        sequence.q() + tile.first_token * sequence.row() + head * shape.group * shape.head_dim;
-    params.q_stride = sequence.row();
+    params.block_table = pages.block_table(round);
+    params.q = pages.q() + tile.first_token * pages.row() + head * shape.group * shape.head_dim;
+    params.q_stride = pages.row();
     params.group = shape.group;
     params.num_tokens = tile.num_tokens;
     params.first_position = tile.first_position;
@@ -231,8 +240,7 @@ runtime::Timing time_attention(const Run& run, const AttentionShape& shape) {
   runtime::ThreadPool pool(run.num_threads);
   const int64_t units = static_cast<int64_t>(plan.items.size()) * shape.num_kv_heads;
   return runtime::time_rounds(pool, run.seconds, [&](int thread, int64_t round) {
-    const int layer = static_cast<int>(round % shape.num_layers);
-    for (int64_t unit = thread; unit < units; unit += run.num_threads) attend(thread, layer, unit);
+    for (int64_t unit = thread; unit < units; unit += run.num_threads) attend(thread, round, unit);
     pool.barrier();
     for (int64_t token = thread; token < shape.num_tokens; token += run.num_threads) {
       for (int64_t head = 0; head < shape.num_kv_heads; ++head) merge(token, head);
@@ -241,13 +249,12 @@ runtime::Timing time_attention(const Run& run, const AttentionShape& shape) {
 }
 
 runtime::Timing time_kv_write(const Run& run, const AttentionShape& shape) {
-  Sequence sequence(shape);
-  sequence.fill(run.table);
+  Pages pages(shape);
+  pages.fill(run.table);
   runtime::ThreadPool pool(run.num_threads);
   return runtime::time_rounds(pool, run.seconds, [&](int thread, int64_t round) {
-    const int layer = static_cast<int>(round % shape.num_layers);
     for (int32_t head = thread; head < shape.num_kv_heads; head += run.num_threads) {
-      sequence.write_batch(run.table, layer, head);
+      pages.write_batch(run.table, round, head);
     }
   });
 }

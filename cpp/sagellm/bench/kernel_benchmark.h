@@ -28,9 +28,10 @@ struct AttentionShape {
   int32_t num_kv_heads = 1;
   int32_t group = 1;  // query heads per KV head
   int32_t head_dim = 64;
-  int32_t context = 256;   // positions that the last query token sees
-  int32_t num_tokens = 1;  // query tokens: 1 is decode, `context` is prefill
-  int32_t num_layers = 1;  // layers used in turn, as `copies` above
+  int32_t context = 256;      // positions that the last query token sees
+  int32_t num_tokens = 1;     // query tokens: 1 is decode, `context` is prefill
+  int32_t num_layers = 1;     // used in turn, and then
+  int32_t num_sequences = 1;  // those of the next sequence, as `copies` above
 };
 
 /// Attention of one sequence and the merge of its splits.

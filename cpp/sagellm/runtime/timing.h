@@ -19,13 +19,13 @@ struct Timing {
 };
 
 /// Runs body(thread, round) on every thread, round after round, for about `seconds` (but at least
-/// 5 rounds, after two that are not counted). A round ends when all threads are through. Throws
+/// 3 rounds, after one that is not counted). A round ends when all threads are through. Throws
 /// InvalidArgument unless `seconds` is positive.
 template <typename Body>
 Timing time_rounds(ThreadPool& pool, double seconds, const Body& body) {
   require<InvalidArgument>(seconds > 0 && seconds <= 600, "seconds is ", seconds,
                            "; choose a time between 0 and 600");
-  constexpr int64_t kMinRounds = 5;
+  constexpr int64_t kMinRounds = 3;
   constexpr int64_t kMaxRounds = 100000;
   using Clock = std::chrono::steady_clock;
   int64_t round = 0;
@@ -35,7 +35,6 @@ Timing time_rounds(ThreadPool& pool, double seconds, const Body& body) {
     ++round;
     return std::chrono::duration<double>(Clock::now() - start).count();
   };
-  once();
   once();
   std::vector<double> times;
   const auto start = Clock::now();

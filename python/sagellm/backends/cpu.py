@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
     from sagellm.kv.interface import KvCache, KvGroup
 
 Precision = Literal["a8", "a15"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimes:
+    """Time inside the native step.
+
+    Attributes:
+        steps: How many.
+        seconds: Wall time of all of them.
+        threads: Per thread, phase to seconds; ``wait`` is for the other threads. They add up to
+            ``seconds``.
+    """
+
+    steps: int
+    seconds: float
+    threads: list[dict[str, float]]
 
 
 def available_threads() -> int:
@@ -172,6 +189,14 @@ class CpuRunner:
             return_hidden,
         )
         return StepOutput(rows=tuple(_sampled(rows)), logits=logits, hidden=hidden)
+
+    def time_phases(self, enabled: bool) -> None:
+        """Starts timing the phases of steps from zero, or stops. Not while a step runs."""
+        self._decoder.time_phases(enabled)
+
+    def phase_times(self) -> PhaseTimes:
+        """Where the steps since ``time_phases(True)`` spent their time."""
+        return PhaseTimes(**self._decoder.phase_times())
 
     def close(self) -> None:
         """Frees weights and KV pages; the runner is unusable afterwards."""

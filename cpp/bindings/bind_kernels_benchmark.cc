@@ -84,6 +84,9 @@ void register_kernels_benchmark(py::module_& m) {
   k.def(
       "arithmetic_peak", &arithmetic_peak, "isa"_a, "arithmetic"_a, "threads"_a, "seconds"_a,
       "The most multiplications and additions per second: {\"instruction\", \"ops_per_second\"}.");
+  k.def("memory_bandwidth", &runtime::memory_bandwidth, "isa"_a, "threads"_a, "bytes"_a,
+        "seconds"_a, py::call_guard<py::gil_scoped_release>(),
+        "Bytes per second of reading `bytes` of huge-page memory, in rounds of 4 MiB per thread.");
   k.def("cache_bandwidth", &runtime::cache_bandwidth, "isa"_a, "threads"_a, "seconds"_a,
         py::call_guard<py::gil_scoped_release>(),
         "Bytes per second of loads from each thread's L2 cache.");

@@ -60,6 +60,11 @@ class Competitor:
         )
         os.kill(self._process.pid, signal.SIGSTOP)
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     @contextmanager
     def running(self, cpus: set[int]) -> Iterator[None]:
         """Lets it run on ``cpus`` during the body."""

@@ -17,7 +17,7 @@ from sagellm.bench import report
 from sagellm.bench.kernel_cases import Arithmetic, Case, Selection, cases, count
 from sagellm.native import load_core
 
-_PROBE_BYTES = 256 << 20  # more than any cache
+_MIN_PROBE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,9 @@ class Bound:
 class Roofs:
     """What the machine gives. The arithmetic and the cache are measured once for each team."""
 
-    def __init__(self, isa: str, seconds: float) -> None:
+    def __init__(self, isa: str, seconds: float, working_set: int) -> None:
         self._isa = isa
+        self._working_set = working_set
         self._seconds = seconds
         self._arithmetic: dict[tuple[Arithmetic, int], tuple[str, float]] = {}
         self._cache: dict[int, float] = {}
@@ -83,7 +84,9 @@ class Roofs:
 
     def memory(self, threads: int) -> float:
         """Bytes per second, now."""
-        return float(load_core().runtime.read_bandwidth(threads, _PROBE_BYTES, 3))
+        size = max(_MIN_PROBE_BYTES, self._working_set)
+        kernels = load_core().kernels
+        return float(kernels.memory_bandwidth(self._isa, threads, size, self._seconds))
 
     def bound(self, case: Case) -> Bound:
         """The roof over a case."""
@@ -104,7 +107,7 @@ def run(selection: Selection, *, seconds: float) -> list[KernelResult]:
         InvalidArgumentError: An unknown kernel or format, or sizes that it does not have.
     """
     isa = load_core().kernels.selected_isa()
-    roofs = Roofs(isa, seconds)
+    roofs = Roofs(isa, seconds, selection.working_set)
     results: list[KernelResult] = []
     with report.progress() as bar:
         task = bar.add_task("kernels", total=count(selection))

@@ -181,17 +181,25 @@ def plot(results: list[KernelResult], path: Path) -> None:
             axes.set_ylabel("GOP/s")
             axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}, {mine[0].isa}")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=6)
+            axes.legend(fontsize=6, loc="lower right")
 
 
 def _draw_roofs(axes: Any, results: list[KernelResult]) -> None:
-    """Lines for what bound some case; a memory roof is the mean of its probes."""
+    """Lines for what bound some case; a bandwidth is the mean of its probes."""
     intensities = [r.gops / r.gbps for r in results]
-    ends = (min(intensities) / 2, max(intensities) * 2)
+    left, right = min(intensities) / 2, max(intensities) * 2
+    top = 2 * max([r.gops for r in results] + [r.peak for r in results if not _is_slope(r.bound)])
     for name in dict.fromkeys(r.bound for r in results):
         peaks = [r.peak for r in results if r.bound == name]
         peak = sum(peaks) / len(peaks)
-        slope = name in ("memory", "cache")
-        heights = [peak * x for x in ends] if slope else [peak, peak]
+        if _is_slope(name):
+            ends = (left, min(right, top / peak))
+            heights = (peak * ends[0], peak * ends[1])
+        else:
+            ends, heights = (left, right), (peak, peak)
         axes.plot(ends, heights, "--", lw=0.8, color="gray")
         axes.annotate(name, (ends[0], heights[0]), fontsize=6, color="gray")
+
+
+def _is_slope(bound: str) -> bool:
+    return bound in ("memory", "cache")

@@ -4,13 +4,16 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "sagellm/base/error.h"
 #include "sagellm/kernels/cpu/dispatch.h"
 #include "sagellm/kernels/params.h"
+#include "sagellm/kv/kv_storage.h"
 #include "sagellm/tensor/buffer.h"
 
 namespace py = pybind11;
@@ -22,6 +25,7 @@ using namespace sagellm;  // NOLINT: a binding file of the core
 using FloatArray = py::array_t<float, py::array::c_style>;
 using IntArray = py::array_t<int32_t, py::array::c_style>;
 using HalfArray = py::array_t<uint16_t, py::array::c_style>;
+using CodeArray = py::array_t<int8_t, py::array::c_style>;
 
 void require_same_size(const FloatArray& a, const FloatArray& b, const char* what) {
   require<InvalidArgument>(a.size() == b.size(), what, ": the arrays have ", a.size(), " and ",
@@ -32,8 +36,9 @@ FloatArray like(const FloatArray& x) {
   return FloatArray(py::array::ShapeContainer(x.shape(), x.shape() + x.ndim()));
 }
 
-/// The page geometry of a test pool, checked against the pool's size and a block table.
-kernels::KvView make_view(HalfArray& pool, const IntArray& block_table, int kv_head,
+/// The page geometry of a test pool, checked against the pool's size and a block table. The pool's
+/// element type is the KV dtype: uint16 for bf16, int8 for int8; strides count elements.
+kernels::KvView make_view(py::array& pool, const IntArray& block_table, int kv_head,
                           int64_t block_stride, int64_t head_stride, int block_size, int head_dim,
                           int64_t num_positions) {
   require<InvalidArgument>(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kernels::kMaxHeadDim,
@@ -47,17 +52,28 @@ kernels::KvView make_view(HalfArray& pool, const IntArray& block_table, int kv_h
       block_table.ndim() == 1 && block_table.size() * block_size >= num_positions,
       "the block table holds ", block_table.size() * block_size, " positions, ", num_positions,
       " are needed");
-  const int64_t page = int64_t{2} * block_size * head_dim;
+  const bool bf16 = py::isinstance<HalfArray>(pool);
+  require<InvalidArgument>(bf16 || py::isinstance<CodeArray>(pool),
+                           "the pool must be an array of uint16 (bf16) or int8");
+  kernels::KvView view;
+  view.dtype = bf16 ? kernels::KvDtype::kBF16 : kernels::KvDtype::kI8;
+  view.sub_page_bytes = static_cast<int32_t>(kernels::kv_sub_page_bytes(view.dtype, head_dim));
+  view.block_size = block_size;
+  view.head_dim = head_dim;
+  const int64_t page = block_size / kernels::kSubPage * view.sub_page_bytes / pool.itemsize();
   for (py::ssize_t i = 0; i < block_table.size(); ++i) {
     const int64_t block = block_table.at(i);
     require<InvalidArgument>(
         block >= 0 && block * block_stride + kv_head * head_stride + page <= pool.size(), "block ",
         block, " of the block table is outside the pool of ", pool.size(), " elements");
   }
-  return {pool.mutable_data(), block_stride, head_stride, block_size, head_dim};
+  view.pool = static_cast<uint8_t*>(pool.mutable_data());
+  view.block_stride = block_stride * pool.itemsize();
+  view.head_stride = head_stride * pool.itemsize();
+  return view;
 }
 
-py::tuple run_attention(const std::string& isa, const FloatArray& q, HalfArray& pool,
+py::tuple run_attention(const std::string& isa, const FloatArray& q, py::array& pool,
                         const IntArray& block_table, int kv_head, int64_t block_stride,
                         int64_t head_stride, int block_size, int first_position,
                         std::pair<int, int> splits, int window, float scale, float softcap) {
@@ -118,7 +134,7 @@ FloatArray run_attention_finish(const std::string& isa, const FloatArray& m, con
   return out;
 }
 
-void run_kv_write(const std::string& isa, HalfArray& pool, const IntArray& block_table,
+void run_kv_write(const std::string& isa, py::array& pool, const IntArray& block_table,
                   const FloatArray& k, const FloatArray& v, int kv_head, int64_t block_stride,
                   int64_t head_stride, int block_size, int first_position) {
   require<InvalidArgument>(
@@ -136,6 +152,77 @@ void run_kv_write(const std::string& isa, HalfArray& pool, const IntArray& block
   p.v = v.data();
   p.stride = k.shape(1);
   kernels::kernel_table(isa).kv_write(p);
+}
+
+/// Mean seconds of one decode step's attention: every kv head of every sequence, one after the other.
+double benchmark_attention(const std::string& isa, const std::string& kv_dtype, int head_dim,
+                           int group, int num_kv_heads, int num_sequences, int num_tokens,
+                           int context, int block_size, int repeat) {
+  const auto positive = [](const char* name, int64_t value) {
+    require<InvalidArgument>(value > 0, name, " is ", value, ", must be positive");
+  };
+  positive("group", group);
+  positive("num_sequences", num_sequences);
+  positive("num_tokens", num_tokens);
+  positive("repeat", repeat);
+  require<InvalidArgument>(context >= num_tokens, "context is ", context,
+                           ", must hold the num_tokens of ", num_tokens);
+  require<InvalidArgument>(head_dim % 16 == 0, "head_dim is ", head_dim,
+                           ", must be a multiple of 16");
+  const auto& table = kernels::kernel_table(isa);
+  const py::gil_scoped_release release;
+  positive("block_size", block_size);
+  const int32_t blocks = (context + block_size - 1) / block_size;
+  kv::KvStorage storage(int64_t{blocks} * num_sequences, 1, num_kv_heads, head_dim, block_size,
+                        kv::dtype_from_name(kv_dtype));
+  const auto fill = [](std::vector<float>& values) {
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = static_cast<float>(i * 2654435761u % 1000) / 500.f - 1.f;
+  };
+  const auto rows = static_cast<size_t>(num_tokens * group), dim = static_cast<size_t>(head_dim);
+  std::vector<float> stored(static_cast<size_t>(context) * dim), q(rows * dim);
+  std::vector<float> m(rows), l(rows), acc(rows * dim);
+  fill(stored);
+  fill(q);
+  std::vector<int32_t> tables(static_cast<size_t>(blocks * num_sequences));
+  for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<int32_t>(i + 1);
+  Buffer scratch(table.attention_scratch_bytes);
+  const auto each_head = [&](auto&& body) {
+    for (int s = 0; s < num_sequences; ++s) {
+      for (int head = 0; head < num_kv_heads; ++head) body(tables.data() + s * blocks, head);
+    }
+  };
+  each_head([&](const int32_t* block_table, int head) {
+    table.kv_write({.kv = storage.view(0),
+                    .kv_head = head,
+                    .block_table = block_table,
+                    .num_tokens = context,
+                    .k = stored.data(),
+                    .v = stored.data(),
+                    .stride = head_dim});
+  });
+  kernels::AttentionParams p;
+  p.kv = storage.view(0);
+  p.q = q.data();
+  p.q_stride = group * head_dim;
+  p.group = group;
+  p.num_tokens = num_tokens;
+  p.first_position = context - num_tokens;
+  p.split_end = (context - 1) / kernels::kAttentionSplit + 1;
+  p.scale = 1.f / static_cast<float>(head_dim);
+  p.m = m.data();
+  p.l = l.data();
+  p.acc = acc.data();
+  p.scratch = scratch.data();
+  const auto attend = [&](const int32_t* block_table, int head) {
+    p.block_table = block_table;
+    p.kv_head = head;
+    table.attention(p);
+  };
+  each_head(attend);
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < repeat; ++i) each_head(attend);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / repeat;
 }
 
 FloatArray run_rms_norm(const std::string& isa, const FloatArray& x, const FloatArray& weight,
@@ -230,6 +317,14 @@ void register_kernels_ops(py::module_& m) {
         py::arg("block_table").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
         py::kw_only(), py::arg("kv_head"), py::arg("block_stride"), py::arg("head_stride"),
         py::arg("block_size"), py::arg("first_position"));
+  k.def("benchmark_attention", &benchmark_attention, py::arg("isa"), py::arg("kv_dtype"),
+        py::kw_only(), py::arg("head_dim"), py::arg("group"), py::arg("num_kv_heads"),
+        py::arg("num_sequences"), py::arg("num_tokens"), py::arg("context"),
+        py::arg("block_size") = 16, py::arg("repeat") = 1,
+        "Mean seconds, by one thread, of the attention of one layer: `num_tokens` queries of `group`"
+        " heads per kv head\nat the end of `context` stored tokens, for every kv head of every "
+        "sequence. It reads\nnum_sequences * ceil(context / block_size) * "
+        "kv.bytes_per_block(1, num_kv_heads, head_dim, block_size, kv_dtype)\nbytes of K and V.");
   k.def("rms_norm", &run_rms_norm, py::arg("isa"), py::arg("x").noconvert(),
         py::arg("weight").noconvert(), py::arg("eps"));
   k.def("rope", &run_rope, py::arg("isa"), py::arg("x").noconvert(), py::arg("cos").noconvert(),

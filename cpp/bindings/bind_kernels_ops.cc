@@ -154,7 +154,8 @@ void run_kv_write(const std::string& isa, py::array& pool, const IntArray& block
   kernels::kernel_table(isa).kv_write(p);
 }
 
-/// Mean seconds of one decode step's attention: every kv head of every sequence, one after the other.
+/// Mean seconds of one decode step's attention: every kv head of every sequence, one after the
+/// other.
 double benchmark_attention(const std::string& isa, const std::string& kv_dtype, int head_dim,
                            int group, int num_kv_heads, int num_sequences, int num_tokens,
                            int context, int block_size, int repeat) {
@@ -317,14 +318,15 @@ void register_kernels_ops(py::module_& m) {
         py::arg("block_table").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
         py::kw_only(), py::arg("kv_head"), py::arg("block_stride"), py::arg("head_stride"),
         py::arg("block_size"), py::arg("first_position"));
-  k.def("benchmark_attention", &benchmark_attention, py::arg("isa"), py::arg("kv_dtype"),
-        py::kw_only(), py::arg("head_dim"), py::arg("group"), py::arg("num_kv_heads"),
-        py::arg("num_sequences"), py::arg("num_tokens"), py::arg("context"),
-        py::arg("block_size") = 16, py::arg("repeat") = 1,
-        "Mean seconds, by one thread, of the attention of one layer: `num_tokens` queries of `group`"
-        " heads per kv head\nat the end of `context` stored tokens, for every kv head of every "
-        "sequence. It reads\nnum_sequences * ceil(context / block_size) * "
-        "kv.bytes_per_block(1, num_kv_heads, head_dim, block_size, kv_dtype)\nbytes of K and V.");
+  k.def(
+      "benchmark_attention", &benchmark_attention, py::arg("isa"), py::arg("kv_dtype"),
+      py::kw_only(), py::arg("head_dim"), py::arg("group"), py::arg("num_kv_heads"),
+      py::arg("num_sequences"), py::arg("num_tokens"), py::arg("context"),
+      py::arg("block_size") = 16, py::arg("repeat") = 1,
+      "Mean seconds, by one thread, of the attention of one layer: `num_tokens` queries of `group`"
+      " heads per kv head\nat the end of `context` stored tokens, for every kv head of every "
+      "sequence. It reads\nnum_sequences * ceil(context / block_size) * "
+      "kv.bytes_per_block(1, num_kv_heads, head_dim, block_size, kv_dtype)\nbytes of K and V.");
   k.def("rms_norm", &run_rms_norm, py::arg("isa"), py::arg("x").noconvert(),
         py::arg("weight").noconvert(), py::arg("eps"));
   k.def("rope", &run_rope, py::arg("isa"), py::arg("x").noconvert(), py::arg("cos").noconvert(),

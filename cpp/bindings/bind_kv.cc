@@ -110,14 +110,14 @@ py::array pages(py::object self, int slot) {
   const auto view = storage.view(slot);
   const bool bf16 = view.dtype == sagellm::kernels::KvDtype::kBF16;
   const py::dtype type = bf16 ? py::dtype::of<uint16_t>() : py::dtype::of<int8_t>();
-  return py::array(type,
-                   std::vector<py::ssize_t>{static_cast<py::ssize_t>(storage.num_blocks() + 1),
-                                            static_cast<py::ssize_t>(storage.num_kv_heads()),
-                                            static_cast<py::ssize_t>(view.head_stride) / type.itemsize()},
-                   std::vector<py::ssize_t>{static_cast<py::ssize_t>(view.block_stride),
-                                            static_cast<py::ssize_t>(view.head_stride),
-                                            type.itemsize()},
-                   view.pool, self);
+  return py::array(
+      type,
+      std::vector<py::ssize_t>{static_cast<py::ssize_t>(storage.num_blocks() + 1),
+                               static_cast<py::ssize_t>(storage.num_kv_heads()),
+                               static_cast<py::ssize_t>(view.head_stride) / type.itemsize()},
+      std::vector<py::ssize_t>{static_cast<py::ssize_t>(view.block_stride),
+                               static_cast<py::ssize_t>(view.head_stride), type.itemsize()},
+      view.pool, self);
 }
 
 void bind_storage(py::module_& m) {
@@ -133,8 +133,8 @@ void bind_storage(py::module_& m) {
       .def("pages", &pages, "slot"_a,
            "View [num_blocks + 1, kv_heads, elements of a page]: uint16 in bf16, int8 in int8.")
       .def("copy_block", &KvStorage::copy_block, "source"_a, "destination"_a)
-      .def_property_readonly(
-          "dtype", [](const KvStorage& s) { return std::string(dtype_name(s.dtype())); })
+      .def_property_readonly("dtype",
+                             [](const KvStorage& s) { return std::string(dtype_name(s.dtype())); })
       .def_property_readonly("bytes", &KvStorage::bytes)
       .def_property_readonly("bytes_per_block",
                              [](const KvStorage& s) { return s.bytes_per_block(); });
@@ -176,8 +176,9 @@ void register_kv(py::module_& m) {
       "num_slots"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "dtype"_a = "bf16",
       "Bytes of one block of a KvStorage of these sizes.");
   sub.def("benchmark", &benchmark, "num_blocks"_a = defaults.num_blocks,
-         "block_size"_a = defaults.block_size, "blocks_per_request"_a = defaults.blocks_per_request,
-         "num_requests"_a = defaults.num_requests, "repeat"_a = defaults.repeat,
-         "Times the bookkeeping; medians in nanoseconds per block (allocate_free_ns, "
-         "prefix_path_ns).");
+          "block_size"_a = defaults.block_size,
+          "blocks_per_request"_a = defaults.blocks_per_request,
+          "num_requests"_a = defaults.num_requests, "repeat"_a = defaults.repeat,
+          "Times the bookkeeping; medians in nanoseconds per block (allocate_free_ns, "
+          "prefix_path_ns).");
 }

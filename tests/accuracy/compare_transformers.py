@@ -2,7 +2,7 @@
 
 Run by hand (needs ``pip install torch==2.13.0 transformers gguf``):
 
-    python tests/accuracy/compare_transformers.py PATH.gguf [--precision a15] [--kv-dtype int8] [--json]
+    python tests/accuracy/compare_transformers.py PATH.gguf [--precision a15] [--kv-dtype int8]
 
 transformers reads the GGUF file itself, so the tensor mapping, the dequantizer and the model are
 independent of

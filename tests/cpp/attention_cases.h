@@ -37,7 +37,8 @@ struct Sequence {
     for (float& x : v) x = normal(random);
     pool.assign(blocks * static_cast<size_t>(page) / 2, 0xffff);
     for (size_t i = 0; i < blocks; ++i) table.push_back(static_cast<int32_t>(blocks - 1 - i));
-    view = {reinterpret_cast<uint8_t*>(pool.data()), page, 0, block_size, head_dim, sub_page, dtype};
+    view = {
+        reinterpret_cast<uint8_t*>(pool.data()), page, 0, block_size, head_dim, sub_page, dtype};
   }
 
   void write(const KernelTable& kernels, int begin, int end) {
@@ -204,13 +205,19 @@ inline void expect_split_merge(const KernelTable& kernels, KvDtype dtype) {
   }
 }
 
-/// int8 pages hold the bytes that the generic table writes, also of rows that are tiny or not finite.
+/// int8 pages hold the bytes that the generic table writes, also of rows that are tiny or not
+/// finite.
 inline void expect_same_codes(const KernelTable& kernels, const KernelTable& generic) {
   for (const int head_dim : {16, 64, 80, 256}) {
     Sequence mine(40, head_dim, 16, 9, KvDtype::kI8), theirs(40, head_dim, 16, 9, KvDtype::kI8);
     for (Sequence* sequence : {&mine, &theirs}) {
       const auto row = static_cast<size_t>(head_dim);
-      const float special[] = {0.f, -0.f, 1e-42f, 1e-30f, 3e38f, std::nanf("7"),
+      const float special[] = {0.f,
+                               -0.f,
+                               1e-42f,
+                               1e-30f,
+                               3e38f,
+                               std::nanf("7"),
                                -std::numeric_limits<float>::infinity()};
       for (size_t i = 0; i < std::size(special); ++i) sequence->k[3 * row * i + 5] = special[i];
       std::fill_n(sequence->v.begin(), row, -0.f);

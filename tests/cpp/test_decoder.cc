@@ -104,8 +104,8 @@ std::vector<std::vector<float>> run(int threads, const std::vector<int>& lengths
   Decoder decoder(fixture.config, fixture.sources, options);
   constexpr int kBlocks = 8;  // per sequence and group
   const auto sequences = static_cast<int>(lengths.size());
-  decoder.attach_kv(std::make_shared<kv::KvStorage>(2 * kBlocks * sequences, 1, 2, 16, kBlockSize,
-                                                   dtype));
+  decoder.attach_kv(
+      std::make_shared<kv::KvStorage>(2 * kBlocks * sequences, 1, 2, 16, kBlockSize, dtype));
 
   std::vector<std::vector<float>> logits(lengths.size());
   std::vector<int> done(lengths.size(), 0);

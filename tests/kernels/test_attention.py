@@ -42,7 +42,6 @@ def tolerance(isa: str, dtype: str) -> float:
     return 8e-3 if isa == "avx512_bf16" else 2e-5
 
 
-
 def to_bf16(x: Floats) -> NDArray[np.uint16]:
     bits = x.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -261,7 +260,9 @@ def test_split_calls_merge_to_the_bits_of_one_call(isa: str, window: int, dtype:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_tile_across_a_split_boundary_equals_its_rows(isa: str, dtype: str) -> None:
-    seq = PagedSequence.random(tokens=530, head_dim=128, block_size=16, seed=5, dtype=dtype).write(isa)
+    seq = PagedSequence.random(tokens=530, head_dim=128, block_size=16, seed=5, dtype=dtype).write(
+        isa
+    )
     q = queries(30, 1, 128)
     tile = finish(isa, seq.attend(isa, q, 500, scale=0.3))
     for t in range(30):
@@ -282,7 +283,9 @@ def test_finish_of_rows_that_saw_nothing_is_zero(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_more_query_heads_than_a_tile_has_rows(isa: str, dtype: str) -> None:
-    seq = PagedSequence.random(tokens=90, head_dim=32, block_size=16, seed=2, dtype=dtype).write(isa)
+    seq = PagedSequence.random(tokens=90, head_dim=32, block_size=16, seed=2, dtype=dtype).write(
+        isa
+    )
     q = queries(1, 71, 32)
     out = finish(isa, seq.attend(isa, q, 89, scale=0.2))
     exact = reference(q, stored(seq.k, dtype), stored(seq.v, dtype), 89, 0.2)
@@ -373,7 +376,7 @@ def test_zero_and_tiny_rows_are_stored_as_zeros(isa: str) -> None:
 def test_a_pool_of_another_type_is_refused() -> None:
     seq = PagedSequence.random(tokens=16, head_dim=64, block_size=16, seed=4)
     seq.pool = seq.pool.view(np.int16)  # type: ignore[assignment]
-    with pytest.raises(InvalidArgumentError, match="uint16 .* or int8"):
+    with pytest.raises(InvalidArgumentError, match=r"uint16 .* or int8"):
         seq.write("generic")
 
 

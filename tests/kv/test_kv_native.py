@@ -83,7 +83,7 @@ def test_int8_pages_are_bytes_with_two_scales_per_token() -> None:
     storage.copy_block(1, 3)
     assert (storage.pages(1)[3] == 7).all()
     assert not storage.pages(0).any()
-    with pytest.raises(InvalidArgumentError, match="fp8.*choose bf16 or int8"):
+    with pytest.raises(InvalidArgumentError, match=r"fp8.*choose bf16 or int8"):
         core.kv.KvStorage(3, 2, 2, 64, 32, dtype="fp8")
 
 

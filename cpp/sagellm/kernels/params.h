@@ -163,8 +163,8 @@ struct KvView {
 };
 
 /// Writes k and v rows of one kv head for consecutive positions. In bfloat16 pages, writing an even
-/// position also clears the V slot of its odd partner, so that a pair never shows bytes of an earlier
-/// owner.
+/// position also clears the V slot of its odd partner, so that a pair never shows bytes of an
+/// earlier owner.
 struct KvWriteParams {
   KvView kv;
   int32_t kv_head = 0;

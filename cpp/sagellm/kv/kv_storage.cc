@@ -32,7 +32,8 @@ int64_t KvStorage::bytes_per_block(int64_t num_slots, int64_t num_kv_heads, int6
   require<InvalidArgument>(block_size % kernels::kSubPage == 0, "block_size is ", block_size,
                            ", must be a multiple of ", kernels::kSubPage);
   const int64_t sub_pages = block_size / kernels::kSubPage;
-  return num_slots * num_kv_heads * sub_pages * kernels::kv_sub_page_bytes(dtype, head_dim);  // <= 2^46
+  return num_slots * num_kv_heads * sub_pages *
+         kernels::kv_sub_page_bytes(dtype, head_dim);  // <= 2^46
 }
 
 KvStorage::KvStorage(int64_t num_blocks, int64_t num_slots, int64_t num_kv_heads, int64_t head_dim,
@@ -65,8 +66,7 @@ kernels::KvView KvStorage::view(int slot) {
           .head_stride = head_stride_,
           .block_size = static_cast<int32_t>(block_size_),
           .head_dim = static_cast<int32_t>(head_dim_),
-          .sub_page_bytes =
-              static_cast<int32_t>(kernels::kv_sub_page_bytes(dtype_, head_dim_)),
+          .sub_page_bytes = static_cast<int32_t>(kernels::kv_sub_page_bytes(dtype_, head_dim_)),
           .dtype = dtype_};
 }
 

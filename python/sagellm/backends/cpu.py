@@ -60,9 +60,7 @@ class CpuRunner:
         kv_dtype: KvDtype = "auto",
     ) -> None:
         if kv_dtype not in ("auto", "bf16", "int8"):
-            raise InvalidArgumentError(
-                f"kv_dtype is {kv_dtype!r}; choose 'auto', 'bf16' or 'int8'"
-            )
+            raise InvalidArgumentError(f"kv_dtype is {kv_dtype!r}; choose 'auto', 'bf16' or 'int8'")
         if precision not in ("a8", "a15"):
             raise InvalidArgumentError(f"precision is {precision!r}; choose 'a8' or 'a15'")
         if threads is not None and not isinstance(threads, int):

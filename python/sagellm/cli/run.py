@@ -11,9 +11,9 @@ import typer
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     MaxTokens,
     Model,
-    KvDtype,
     Precision,
     Threads,
     open_llm,

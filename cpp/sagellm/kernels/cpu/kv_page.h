@@ -44,8 +44,8 @@ inline void store_codes(uint8_t* page, int slot, int head_dim, const int8_t* k, 
                         const int8_t* v, float v_scale) {
   auto* key = reinterpret_cast<int8_t*>(page) + slot * 2;  // [head_dim / 2][16 tokens][2]
   for (int i = 0; i < head_dim / 2; ++i) __builtin_memcpy(key + i * 2 * kSubPage, k + 2 * i, 2);
-  auto* value = reinterpret_cast<int8_t*>(page) + kSubPage * head_dim +
-                (slot / 2) * 2 * head_dim + slot % 2;  // [8 pairs][head_dim][2]
+  auto* value = reinterpret_cast<int8_t*>(page) + kSubPage * head_dim + (slot / 2) * 2 * head_dim +
+                slot % 2;  // [8 pairs][head_dim][2]
   for (int d = 0; d < head_dim; ++d) value[2 * d] = v[d];
   auto* scales = reinterpret_cast<float*>(page + 2 * kSubPage * head_dim);
   scales[slot] = k_scale;

@@ -1,12 +1,13 @@
 // Paged attention over vector registers, written once for every SIMD instruction set.
 //
-// Include after the folder's vmath.h, simd_math.h and kv_page.h. `attend<Policy>` holds the control flow and
-// the softmax; the Policy holds the two inner products. Semantics: AttentionParams in params.h.
+// Include after the folder's vmath.h, simd_math.h and kv_page.h. `attend<Policy>` holds the control
+// flow and the softmax; the Policy holds the two inner products. Semantics: AttentionParams in
+// params.h.
 //
 // The order of floating-point operations is fixed for one (query row, output) whatever else the
 // call computes:
-//   1. score of a token: fma chains over the head dimension (see the Policy), then their sum; integer
-//   sums, exact in any order, in int8 pages;
+//   1. score of a token: fma chains over the head dimension (see the Policy), then their sum;
+//   integer sums, exact in any order, in int8 pages;
 //   2. tile maximum: exact, hence order-free. If it exceeds m: c = exp2(m - max), l *= c, acc *= c,
 //   m = max;
 //   3. p = exp2(score - m), 0 where masked, in the Policy's precision; l += sum of the tile: lane
@@ -136,8 +137,8 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
 }
 
 template <class Policy, int kRows, int kColumns = Policy::columns(kRows)>
-inline void weigh_pairs(const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim,
-                  int d, float* acc) {
+inline void weigh_pairs(const TilePages& tile, Range seen, const typename Policy::Weight* w,
+                        int head_dim, int d, float* acc) {
   for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) {
     weigh_columns<Policy, kRows, kColumns>(tile, seen, w, head_dim, d, acc);
   }
@@ -176,8 +177,7 @@ struct WidenPolicy {
   }
 
   template <int kRows, bool kPrefetch>
-  static void score(Query q, const uint8_t* page, const uint8_t* ahead, int head_dim,
-                    float* out) {
+  static void score(Query q, const uint8_t* page, const uint8_t* ahead, int head_dim, float* out) {
     // As many halves of the sub-page at once as the registers hold: they share the queries.
     constexpr int kHalves = kSubPage / kLanes, kParts = kRows <= kFullRows ? kHalves : 1;
     for (int half = 0; half < kHalves; half += kParts) {
@@ -314,9 +314,8 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
   tile.first = first / kSubPage;
   tile.last = (last + kSubPage - 1) / kSubPage;
 
-  score_rows<Policy, Policy::kRowGroup>(rows, tile,
-                                        Policy::queries(s, row, head_dim), head_dim, prefetch,
-                                        s.scores);
+  score_rows<Policy, Policy::kRowGroup>(rows, tile, Policy::queries(s, row, head_dim), head_dim,
+                                        prefetch, s.scores);
   typename Policy::Weight* weights = Policy::weights(s);
   for (int r = 0; r < rows; ++r) {
     if (seen[r].begin >= seen[r].end) continue;
@@ -327,8 +326,7 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
         store(scores + i, mul(tanh(mul(load(scores + i), in)), out));
       }
     }
-    const bool all =
-        seen[r].begin <= tile.first * kSubPage && seen[r].end >= tile.last * kSubPage;
+    const bool all = seen[r].begin <= tile.first * kSubPage && seen[r].end >= tile.last * kSubPage;
     const auto turn = all ? soften<Policy, true> : soften<Policy, false>;
     turn(tile, seen[r], head_dim, scores, weights + r * kAttentionTile, &state.m[row + r],
          &state.l[row + r], state.acc + (row + r) * head_dim);
@@ -362,8 +360,8 @@ inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0
     for (int i = pages.first; i < pages.last; ++i) {
       const int position = start + i * kSubPage, ahead = position + kPrefetchTiles * kAttentionTile;
       pages.page[i] = sub_page(p.kv, p.block_table, p.kv_head, position);
-      pages.ahead[i] = ahead < prefetch_end ? sub_page(p.kv, p.block_table, p.kv_head, ahead)
-                                            : pages.page[i];
+      pages.ahead[i] =
+          ahead < prefetch_end ? sub_page(p.kv, p.block_table, p.kv_head, ahead) : pages.page[i];
     }
     for (int row = 0; row < rows; row += group_rows) {
       const int count = min_int(group_rows, rows - row);

@@ -1,9 +1,10 @@
 // Inner products of int8 pages, over integers. Include after simd_attention.h.
 //
 // A query row, and in every tile a row of weights, becomes 16-bit codes with one scale, so that a
-// product sum is exact in 32 bits and the order of its additions is of no consequence. What the codes
-// of q and p leave out is 2^-16 of the row's largest value, where int8 keys and values leave out 2^-8
-// of theirs. Masked tokens have weight code 0: stale bytes of theirs are multiplied, and add nothing.
+// product sum is exact in 32 bits and the order of its additions is of no consequence. What the
+// codes of q and p leave out is 2^-16 of the row's largest value, where int8 keys and values leave
+// out 2^-8 of theirs. Masked tokens have weight code 0: stale bytes of theirs are multiplied, and
+// add nothing.
 #pragma once
 
 namespace sagellm::kernels {
@@ -18,7 +19,8 @@ struct CodedPolicy {
   using Weight = float;
 
   static constexpr int kLargestCode = 32767;
-  // The largest sums: 16-bit times 8-bit codes over the head dimension, and over the tokens of a tile.
+  // The largest sums: 16-bit times 8-bit codes over the head dimension, and over the tokens of a
+  // tile.
   static_assert(int64_t{kLargestCode} * 127 * kMaxHeadDim < INT32_MAX);
   static_assert(int64_t{kLargestCode} * 127 * kAttentionTile < INT32_MAX);
 

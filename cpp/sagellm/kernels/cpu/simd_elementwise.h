@@ -1,9 +1,9 @@
 // Element-wise kernels over vector registers, written once for every SIMD instruction set.
 //
-// Include after the folder's vmath.h, simd_math.h and kv_page.h. A tail shorter than a register goes through
-// the same vector code on a zero-padded copy, so an element's result depends on its inputs only and
-// never on its place in the array or on how threads share the array. Sums run in an order fixed by
-// n alone.
+// Include after the folder's vmath.h, simd_math.h and kv_page.h. A tail shorter than a register
+// goes through the same vector code on a zero-padded copy, so an element's result depends on its
+// inputs only and never on its place in the array or on how threads share the array. Sums run in an
+// order fixed by n alone.
 #pragma once
 
 namespace sagellm::kernels {

@@ -45,8 +45,7 @@ struct PairPolicy {
   }
 
   template <int kRows, bool kPrefetch>
-  static void score(Query q, const uint8_t* page, const uint8_t* ahead, int head_dim,
-                    float* out) {
+  static void score(Query q, const uint8_t* page, const uint8_t* ahead, int head_dim, float* out) {
     Vec first[kRows], second[kRows];
     for (int r = 0; r < kRows; ++r) first[r] = second[r] = zero();
     for (int d = 0; d < head_dim; d += 4) {

@@ -217,8 +217,9 @@ TEST_P(OpsCpu, AttentionOfARaggedBatchEqualsItsTokensOneByOne) {
   p.kv = storage.view(1);
   const std::vector<float> pages = random_floats(65 * p.kv.block_stride, 2);
   for (int block = 0; block < 65; ++block)
-    table().to_bf16(pages.data(), p.kv.pool + block * p.kv.block_stride,
-                    kKvHeads * p.kv.head_stride);
+    table().to_bf16(pages.data(),
+                    reinterpret_cast<uint16_t*>(p.kv.pool + block * p.kv.block_stride),
+                    kKvHeads * p.kv.head_stride / 2);
   p.num_kv_heads = kKvHeads;
   p.num_heads = kHeads;
   p.batch = {3, starts.data(), positions.data(), tables.data(), kMaxBlocks};

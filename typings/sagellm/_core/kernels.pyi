@@ -7,12 +7,12 @@ import numpy
 import numpy.typing
 import sagellm._core.quant
 import typing
-__all__: list[str] = ['add', 'argmax', 'attention', 'attention_finish', 'available_isas', 'benchmark_matmul', 'bias_gelu', 'cpu_brand', 'cpu_features', 'gelu_tanh_mul', 'kv_write', 'layer_norm', 'matmul', 'quantize', 'rms_norm', 'rope', 'scale', 'selected_isa', 'silu_mul', 'softcap', 'softmax', 'sum_exp', 'to_bf16']
+__all__: list[str] = ['add', 'argmax', 'attention', 'attention_finish', 'available_isas', 'benchmark_attention', 'benchmark_matmul', 'bias_gelu', 'cpu_brand', 'cpu_features', 'gelu_tanh_mul', 'kv_write', 'layer_norm', 'matmul', 'quantize', 'rms_norm', 'rope', 'scale', 'selected_isa', 'silu_mul', 'softcap', 'softmax', 'sum_exp', 'to_bf16']
 def add(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def argmax(isa: str, x: numpy.typing.NDArray[numpy.float32]) -> tuple:
     ...
-def attention(isa: str, q: numpy.typing.NDArray[numpy.float32], pool: numpy.typing.NDArray[numpy.uint16], block_table: numpy.typing.NDArray[numpy.int32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex, splits: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], window: typing.SupportsInt | typing.SupportsIndex = 0, scale: typing.SupportsFloat | typing.SupportsIndex = 1.0, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0) -> tuple:
+def attention(isa: str, q: numpy.typing.NDArray[numpy.float32], pool: numpy.ndarray, block_table: numpy.typing.NDArray[numpy.int32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex, splits: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], window: typing.SupportsInt | typing.SupportsIndex = 0, scale: typing.SupportsFloat | typing.SupportsIndex = 1.0, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0) -> tuple:
     """
     Runs AttentionParams for q [tokens, group, head_dim]; returns the states (m, l, acc).
     """
@@ -23,6 +23,13 @@ def attention_finish(isa: str, m: numpy.typing.NDArray[numpy.float32], l: numpy.
 def available_isas() -> list[str]:
     """
     Instruction sets with kernels that run here, plainest first.
+    """
+def benchmark_attention(isa: str, kv_dtype: str, *, head_dim: typing.SupportsInt | typing.SupportsIndex, group: typing.SupportsInt | typing.SupportsIndex, num_kv_heads: typing.SupportsInt | typing.SupportsIndex, num_sequences: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, context: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex = 16, repeat: typing.SupportsInt | typing.SupportsIndex = 1) -> float:
+    """
+    Mean seconds, by one thread, of the attention of one layer: `num_tokens` queries of `group` heads per kv head
+    at the end of `context` stored tokens, for every kv head of every sequence. It reads
+    num_sequences * ceil(context / block_size) * kv.bytes_per_block(1, num_kv_heads, head_dim, block_size, kv_dtype)
+    bytes of K and V.
     """
 def benchmark_matmul(isa: str, packed: sagellm._core.quant.PackedMatrix, num_tokens: typing.SupportsInt | typing.SupportsIndex, repeat: typing.SupportsInt | typing.SupportsIndex, precision: str = 'a8') -> float:
     """
@@ -40,7 +47,7 @@ def cpu_features() -> list[str]:
     """
 def gelu_tanh_mul(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
-def kv_write(isa: str, pool: numpy.typing.NDArray[numpy.uint16], block_table: numpy.typing.NDArray[numpy.int32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex) -> None:
+def kv_write(isa: str, pool: numpy.ndarray, block_table: numpy.typing.NDArray[numpy.int32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def layer_norm(isa: str, x: numpy.typing.NDArray[numpy.float32], weight: numpy.typing.NDArray[numpy.float32], bias: numpy.typing.NDArray[numpy.float32], eps: typing.SupportsFloat | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float32]:
     ...

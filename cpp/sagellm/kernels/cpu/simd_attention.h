@@ -48,13 +48,14 @@ struct StateView {
   float* acc;  // [rows][head_dim]
 };
 
-/// The sub-pages of one tile; entries outside [first, last) are not set.
+/// The sub-pages of one tile; entries outside [first, last) are not set. While a policy reads a
+/// line of a page it requests the same line of the page ahead, so that memory is busy all the time.
 struct TilePages {
   const uint8_t* page[kTileSubPages];
-  const uint8_t*
-      ahead[kTileSubPages];  // what to prefetch meanwhile (never null when first <= i < last)
+  const uint8_t* ahead[kTileSubPages];
   int first;
   int last;
+  bool prefetch;
 };
 
 /// Token range [begin, end) that a row sees.
@@ -127,8 +128,15 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
   int pair = (seen.begin + 1) / 2;
   while (pair < seen.end / 2) {
     const uint16_t* v = value(pair);
+    const auto distance = tile.ahead[pair / 8] - tile.page[pair / 8];
     const int stop = min_int(seen.end / 2, (pair / 8 + 1) * 8);
-    for (; pair < stop; ++pair, v += 2 * head_dim) a.step(w + 2 * pair, v, 0xffffffffu);
+    for (; pair < stop; ++pair, v += 2 * head_dim) {
+      if (tile.prefetch) {
+        for (int c = 0; c < kColumns * kLanes; c += 16)
+          prefetch_l2(reinterpret_cast<const uint8_t*>(v + 2 * c) + distance);
+      }
+      a.step(w + 2 * pair, v, 0xffffffffu);
+    }
   }
   if (seen.end % 2 != 0) a.step(w + seen.end - 1, value(seen.end / 2), 0x0000ffffu);
   for (int r = 0; r < kRows; ++r) {
@@ -188,9 +196,7 @@ struct WidenPolicy {
       const uint16_t* key = bf16_keys(page) + half * 2 * kLanes;
       for (int i = 0; i < head_dim / 2; ++i, key += 2 * kSubPage) {
         if constexpr (kPrefetch) {
-          // One K line and one V line per pair of dimensions, spread over the passes.
           if (half == 0) prefetch_l2(ahead + i * 64);
-          if (half == kHalves - kParts) prefetch_l2(ahead + (head_dim / 2 + i) * 64);
         }
         Vec k[kParts];
         for (int part = 0; part < kParts; ++part) {
@@ -254,18 +260,18 @@ inline void weigh_rows(int rows, const TilePages& tile, Range seen,
 
 template <class Policy, int kRows>
 inline void score_rows(int rows, const TilePages& tile, typename Policy::Query q, int head_dim,
-                       bool prefetch, float* scores) {
+                       float* scores) {
   if (rows == kRows) {
     for (int s = tile.first; s < tile.last; ++s) {
       float* out = scores + s * kSubPage;
-      if (prefetch) {
+      if (tile.prefetch) {
         Policy::template score<kRows, true>(q, tile.page[s], tile.ahead[s], head_dim, out);
       } else {
         Policy::template score<kRows, false>(q, tile.page[s], nullptr, head_dim, out);
       }
     }
   } else if constexpr (kRows > 1) {
-    score_rows<Policy, kRows - 1>(rows, tile, q, head_dim, prefetch, scores);
+    score_rows<Policy, kRows - 1>(rows, tile, q, head_dim, scores);
   }
 }
 
@@ -301,7 +307,7 @@ inline void soften(const TilePages& tile, Range seen, int head_dim, const float*
 /// One tile for rows [row, row + rows), rows <= Policy::kRowGroup. `seen` is relative to the tile.
 template <class Policy>
 inline void attend_group(const AttentionParams& p, AttentionScratch& s, const TilePages& pages,
-                         const Range* seen, int row, int rows, bool prefetch, StateView state) {
+                         const Range* seen, int row, int rows, StateView state) {
   const int head_dim = p.kv.head_dim;
   int first = kAttentionTile, last = 0;
   for (int r = 0; r < rows; ++r) {
@@ -315,7 +321,7 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
   tile.last = (last + kSubPage - 1) / kSubPage;
 
   score_rows<Policy, Policy::kRowGroup>(rows, tile, Policy::queries(s, row, head_dim), head_dim,
-                                        prefetch, s.scores);
+                                        s.scores);
   typename Policy::Weight* weights = Policy::weights(s);
   for (int r = 0; r < rows; ++r) {
     if (seen[r].begin >= seen[r].end) continue;
@@ -339,6 +345,7 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
     if (seen[r].begin < seen[r].end) {
       weigh_rows<Policy, Policy::kRowGroup>(next - r, tile, seen[r], weights + r * kAttentionTile,
                                             head_dim, state.acc + (row + r) * head_dim);
+      tile.prefetch = false;
     }
     r = next;
   }
@@ -351,7 +358,6 @@ inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0
                          Range span, int prefetch_end, StateView state) {
   const int groups = (rows + Policy::kRowGroup - 1) / Policy::kRowGroup;
   const int group_rows = (rows + groups - 1) / groups;
-  const bool prefetch = groups == 1;
   for (int start = span.begin - span.begin % kAttentionTile; start < span.end;
        start += kAttentionTile) {
     TilePages pages;
@@ -371,7 +377,8 @@ inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0
         seen[r].begin = max_int(0, all.begin - start);
         seen[r].end = min_int(kAttentionTile, all.end - start);
       }
-      attend_group<Policy>(p, s, pages, seen, row, count, prefetch, state);
+      pages.prefetch = row == 0;
+      attend_group<Policy>(p, s, pages, seen, row, count, state);
     }
   }
 }

@@ -54,7 +54,9 @@ struct CodedPolicy {
       for (int part = 0; part < kParts; ++part) dot[r][part] = zero_int();
     }
     for (int i = 0; i < head_dim / 2; ++i) {
-      if constexpr (kPrefetch) prefetch_l2(ahead + i * 64);
+      if constexpr (kPrefetch) {
+        if (i % 2 == 0) prefetch_l2(ahead + i * 2 * kSubPage);
+      }
       IntVec key[kParts];
       for (int part = 0; part < kParts; ++part) {
         key[part] = load_code_pairs(coded.keys + i * 2 * kSubPage + part * 2 * kLanes);
@@ -95,10 +97,16 @@ struct CodedPolicy {
     for (int r = 0; r < kRows; ++r) {
       for (int c = 0; c < kColumns; ++c) sum[r][c] = zero_int();
     }
+    const bool prefetch = tile.prefetch && d % 32 == 0;  // 32 dimensions of a token pair are a line
     for (int s = first; s < last; ++s) {
+      const auto distance = tile.ahead[s] - tile.page[s];
       const int8_t* value = coded_page(tile.page[s], head_dim).values + 2 * d;
       const uint16_t* code = codes + s * kSubPage;
       for (int pair = 0; pair < kSubPage / 2; ++pair, value += 2 * head_dim, code += 2) {
+        if (prefetch) {
+          for (int c = 0; c < kColumns * kLanes; c += 32)
+            prefetch_l2(reinterpret_cast<const uint8_t*>(value + 2 * c) + distance);
+        }
         IntVec weight[kRows];
         for (int r = 0; r < kRows; ++r) weight[r] = broadcast_pair(code + r * kAttentionTile);
         for (int c = 0; c < kColumns; ++c) {

@@ -54,8 +54,6 @@ struct PairPolicy {
         const uint8_t* next = ahead + d * 2 * kSubPage;
         prefetch_l2(next);
         prefetch_l2(next + 64);
-        prefetch_l2(next + 2 * kSubPage * head_dim);
-        prefetch_l2(next + 2 * kSubPage * head_dim + 64);
       }
       const IntVec k0 = load_pairs(key), k1 = load_pairs(key + 2 * kSubPage);
       for (int r = 0; r < kRows; ++r) {

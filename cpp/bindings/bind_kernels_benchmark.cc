@@ -95,37 +95,32 @@ void register_kernels_benchmark(py::module_& m) {
         "precision"_a = "a8", "copies"_a = 1,
         "Seconds of one matmul, without encoding the activations: {\"median\", \"best\", "
         "\"rounds\"}. `copies` of the\nweights are used in turn.");
-  const auto shape_of = [](int32_t kv_heads, int32_t group, int32_t head_dim, int32_t context,
-                           int32_t num_tokens, int32_t layers, int32_t sequences) {
-    return bench::AttentionShape{kv_heads, group, head_dim, context, num_tokens, layers, sequences};
+  using TimePages = runtime::Timing (*)(const bench::Run&, const bench::AttentionShape&);
+  const auto def_pages = [&k](const char* name, TimePages time, const char* text) {
+    k.def(
+        name,
+        [time](const std::string& isa, int32_t kv_heads, int32_t group, int32_t head_dim,
+               int32_t context, int32_t num_tokens, int threads, double seconds, int32_t layers,
+               int32_t sequences, const std::string& kv_dtype) {
+          const bench::Run run = run_of(isa, threads, seconds);
+          const bench::AttentionShape shape{.num_kv_heads = kv_heads,
+                                            .group = group,
+                                            .head_dim = head_dim,
+                                            .context = context,
+                                            .num_tokens = num_tokens,
+                                            .num_layers = layers,
+                                            .num_sequences = sequences,
+                                            .dtype = kv::dtype_from_name(kv_dtype)};
+          return measured([&] { return time(run, shape); });
+        },
+        "isa"_a, py::kw_only(), "kv_heads"_a, "group"_a, "head_dim"_a, "context"_a, "num_tokens"_a,
+        "threads"_a, "seconds"_a, "layers"_a = 1, "sequences"_a = 1, "kv_dtype"_a = "bf16", text);
   };
-  k.def(
-      "time_attention",
-      [shape_of](const std::string& isa, int32_t kv_heads, int32_t group, int32_t head_dim,
-                 int32_t context, int32_t num_tokens, int threads, double seconds, int32_t layers,
-                 int32_t sequences) {
-        const bench::Run run = run_of(isa, threads, seconds);
-        const auto shape =
-            shape_of(kv_heads, group, head_dim, context, num_tokens, layers, sequences);
-        return measured([&] { return bench::time_attention(run, shape); });
-      },
-      "isa"_a, py::kw_only(), "kv_heads"_a, "group"_a, "head_dim"_a, "context"_a, "num_tokens"_a,
-      "threads"_a, "seconds"_a, "layers"_a = 1, "sequences"_a = 1,
-      "Seconds of attention of the last `num_tokens` of `context` positions, merge included; "
-      "`layers` of\n`sequences` are used in turn.");
-  k.def(
-      "time_kv_write",
-      [shape_of](const std::string& isa, int32_t kv_heads, int32_t group, int32_t head_dim,
-                 int32_t context, int32_t num_tokens, int threads, double seconds, int32_t layers,
-                 int32_t sequences) {
-        const bench::Run run = run_of(isa, threads, seconds);
-        const auto shape =
-            shape_of(kv_heads, group, head_dim, context, num_tokens, layers, sequences);
-        return measured([&] { return bench::time_kv_write(run, shape); });
-      },
-      "isa"_a, py::kw_only(), "kv_heads"_a, "group"_a, "head_dim"_a, "context"_a, "num_tokens"_a,
-      "threads"_a, "seconds"_a, "layers"_a = 1, "sequences"_a = 1,
-      "Seconds of writing K and V of the last `num_tokens` of `context` positions.");
+  def_pages("time_attention", &bench::time_attention,
+            "Seconds of attention of the last `num_tokens` of `context` positions, merge included; "
+            "`layers` of\n`sequences` are used in turn.");
+  def_pages("time_kv_write", &bench::time_kv_write,
+            "Seconds of writing K and V of the last `num_tokens` of `context` positions.");
   k.def(
       "time_rows",
       [](const std::string& isa, const std::string& kernel, int64_t rows, int64_t columns,

@@ -76,6 +76,9 @@ def test_the_logits_hash_is_that_of_the_model_and_of_nothing_else(tiny: Path) ->
     assert offline(tiny)["logits_hash"] == expected
     assert offline(tiny, "--streams", "3", "--threads", "2")["logits_hash"] == expected
     assert offline(tiny, "--precision", "a15")["logits_hash"] != expected
+    coded = offline(tiny, "--kv-dtype", "int8")
+    assert coded["kv_dtype"] == "int8"
+    assert coded["logits_hash"] != expected
 
 
 def test_devices_without_the_native_core_leave_bandwidth_out(tiny: Path) -> None:

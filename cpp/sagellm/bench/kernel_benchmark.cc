@@ -49,7 +49,7 @@ class Pages {
       : shape_(checked(shape)),
         num_blocks_(static_cast<int32_t>(ceil_div(shape.context, kBlockSize))),
         storage_(int64_t{num_blocks_} * shape.num_sequences, shape.num_layers, shape.num_kv_heads,
-                 shape.head_dim, kBlockSize),
+                 shape.head_dim, kBlockSize, shape.dtype),
         row_(int64_t{shape.num_kv_heads} * (shape.group + 2) * shape.head_dim),
         block_tables_(static_cast<size_t>(num_blocks_) * static_cast<size_t>(shape.num_sequences)),
         token_ids_(static_cast<size_t>(shape.num_tokens)),

@@ -32,6 +32,7 @@ struct AttentionShape {
   int32_t num_tokens = 1;     // query tokens: 1 is decode, `context` is prefill
   int32_t num_layers = 1;     // used in turn, and then
   int32_t num_sequences = 1;  // those of the next sequence, as `copies` above
+  kernels::KvDtype dtype = kernels::KvDtype::kBF16;
 };
 
 /// Attention of one sequence and the merge of its splits.

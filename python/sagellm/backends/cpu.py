@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sagellm.kv.interface import KvCache, KvGroup
 
 Precision = Literal["a8", "a15"]
+KvDtype = Literal["auto", "bf16", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,8 @@ class CpuRunner:
             values); ``a15`` with
             15-bit ones, closer to float32 at about half the prefill speed.
         isa: Forces an instruction-set path; None takes the best (or ``SAGELLM_CPU_ISA``).
+        kv_dtype: What keys and values are stored as: ``bf16`` (also ``auto``), or ``int8``, codes
+            with one scale per token and head in about half of the memory.
 
     Raises:
         DeviceUnavailableError: This install has no native core.
@@ -71,7 +74,10 @@ class CpuRunner:
         max_batch_tokens: int = 512,
         precision: Precision = "a8",
         isa: str | None = None,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
+        if kv_dtype not in ("auto", "bf16", "int8"):
+            raise InvalidArgumentError(f"kv_dtype is {kv_dtype!r}; choose 'auto', 'bf16' or 'int8'")
         if precision not in ("a8", "a15"):
             raise InvalidArgumentError(f"precision is {precision!r}; choose 'a8' or 'a15'")
         if threads is not None and not isinstance(threads, int):
@@ -91,6 +97,7 @@ class CpuRunner:
             isa=isa or "",
         )
         self._precision = precision
+        self._kv_dtype = "bf16" if kv_dtype == "auto" else kv_dtype
         self._kv_bytes = 0
 
     @property
@@ -139,13 +146,20 @@ class CpuRunner:
 
     @property
     def kv_dtype(self) -> str:
-        """``bf16``."""
-        return "bf16"
+        """``bf16`` or ``int8``."""
+        return self._kv_dtype
 
     def kv_bytes_per_block(self, block_size: int) -> int:
-        """Bytes of one KV block of ``block_size`` tokens (bf16)."""
-        slots = max(len(group.layers) for group in self._groups)
-        return 4 * block_size * slots * self._config.num_kv_heads * self._config.head_dim
+        """Bytes of one KV block of ``block_size`` tokens, scales included."""
+        return int(
+            self._core.kv.bytes_per_block(
+                num_slots=max(len(group.layers) for group in self._groups),
+                num_kv_heads=self._config.num_kv_heads,
+                head_dim=self._config.head_dim,
+                block_size=block_size,
+                dtype=self._kv_dtype,
+            )
+        )
 
     def allocate_kv(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
@@ -157,6 +171,7 @@ class CpuRunner:
             num_slots=max(len(group.layers) for group in self._groups),
             num_kv_heads=self._config.num_kv_heads,
             head_dim=self._config.head_dim,
+            dtype=self._kv_dtype,
         )
         self._decoder.attach_kv(storage)
         self._kv_bytes = int(storage.bytes)

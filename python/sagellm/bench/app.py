@@ -68,6 +68,7 @@ def offline(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Measured runs; medians are reported.")] = 5,
     precision: Annotated[str | None, typer.Option(help="a8 or a15.  [default: a8]")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="bf16 or int8.  [default: bf16]")] = None,
     device: Annotated[str, typer.Option(help="As for `sagellm run`.")] = "auto",
     plot: Plot = None,
     profile: Profile = None,
@@ -104,6 +105,7 @@ def offline(
             threads=threads,
             repeat=repeat,
             precision=precision,
+            kv_dtype=kv_dtype,
             device=device,
         )
     offline_bench.show(result, as_json=as_json)

@@ -58,6 +58,7 @@ class OfflineResult:
     device: str
     isa: str
     precision: str
+    kv_dtype: str
     threads: int
     streams: int
     prompt_tokens: int
@@ -88,6 +89,7 @@ def run(
     threads: int | None,
     repeat: int,
     precision: str | None,
+    kv_dtype: str | None,
     device: str,
 ) -> OfflineResult:
     """Loads the model, downloading it first if need be, and measures it.
@@ -108,7 +110,9 @@ def run(
         kv_cache_tokens=streams * (length + 64),
     )
     try:
-        engine = load_engine(model, config, device=device, threads=threads, precision=precision)
+        engine = load_engine(
+            model, config, device=device, threads=threads, precision=precision, kv_dtype=kv_dtype
+        )
     except ResourceExhaustedError as error:
         raise ResourceExhaustedError(
             f"{error}; that is for {streams} streams of {length} tokens, so lower --streams, "
@@ -213,6 +217,7 @@ class _Bench:
             device=runner.device,
             isa=str(getattr(runner, "isa", "")),
             precision=str(getattr(runner, "precision", "float32")),
+            kv_dtype=runner.kv_dtype,
             threads=self.threads,
             streams=self.streams,
             prompt_tokens=self.prompt_tokens,
@@ -236,9 +241,11 @@ class _Bench:
 
     def _kv_bytes_read(self) -> float:
         """KV bytes that one decode step of one stream reads, at the mean context of the run."""
-        config = self.engine.runner.config
+        runner, size = self.engine.runner, self.engine.config.block_size
+        config = runner.config
         context = self.prompt_tokens + self.output_tokens / 2
-        per_token = 4 * config.num_kv_heads * config.head_dim  # K and V, bf16
+        slots = max(len(group.layers) for group in runner.kv_groups)
+        per_token = runner.kv_bytes_per_block(size) / (size * slots)  # of one layer
         return float(
             sum(
                 per_token * (min(context, window) if window else context)

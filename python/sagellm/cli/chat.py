@@ -12,6 +12,7 @@ import typer
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     MaxTokens,
     Model,
     Precision,
@@ -33,6 +34,7 @@ def chat(
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
 ) -> None:
     """Talk with a model.
@@ -46,7 +48,12 @@ def chat(
       sagellm chat smollm2 --temperature 0 < questions.txt
     """  # noqa: D301
     with open_llm(
-        model, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb
+        model,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        kv_cache_gb=kv_cache_gb,
     ) as llm:
         if not llm.has_chat_template:
             raise InvalidArgumentError(

@@ -41,6 +41,13 @@ Precision = Annotated[
         "[default: a8]",
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        help="KV cache on the CPU: bf16, or int8 in about half of the memory.  [default: bf16]",
+    ),
+]
 KvCacheGb = Annotated[
     float | None,
     typer.Option("--kv-cache-gb", help="Memory for the KV cache, in GiB.  [default: what fits]"),
@@ -53,6 +60,7 @@ def open_llm(
     device: str,
     threads: int | None,
     precision: str | None,
+    kv_dtype: str | None,
     kv_cache_gb: float | None,
 ) -> LLM:
     """Loads a model, and downloads it first if it is known but absent."""
@@ -60,7 +68,14 @@ def open_llm(
     if device != "mock":  # it has no files
         with pull_progress(model) as progress:
             path = resolve_model(model, auto_pull=True, progress=progress)
-    return LLM(path, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb)
+    return LLM(
+        path,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        kv_cache_gb=kv_cache_gb,
+    )
 
 
 def request_for(

@@ -11,6 +11,7 @@ import typer
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     MaxTokens,
     Model,
     Precision,
@@ -52,6 +53,7 @@ def run(
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
 ) -> None:
     """Answer one prompt, printing the text as it is made.
@@ -76,7 +78,12 @@ def run(
         raise InvalidArgumentError("the prompt is empty; give -p TEXT, or -p - for standard input")
     is_greedy = greedy or temperature == 0
     with open_llm(
-        model, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb
+        model,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        kv_cache_gb=kv_cache_gb,
     ) as llm:
         request = request_for(
             llm,

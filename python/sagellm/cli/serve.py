@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from sagellm.checkpoint.store import resolve_model
-from sagellm.cli.options import Device, KvCacheGb, Precision, Threads
+from sagellm.cli.options import Device, KvCacheGb, KvDtype, Precision, Threads
 from sagellm.cli.serve_options import (
     HELP,
     ApiKey,
@@ -69,6 +69,7 @@ def serve(
     device: Device = "auto",
     threads: Threads = None,
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
@@ -125,6 +126,7 @@ def serve(
             device=device,
             threads=threads,
             precision=precision,
+            kv_dtype=kv_dtype,
             engine=engine,
             chat_template=template,
         ),

@@ -45,9 +45,9 @@ SAGELLM_INLINE __m256i broadcast64(const void* p) {
   return _mm256_set1_epi64x(value);
 }
 
-/// Keeps a running sum in its register: without it GCC turns the chains of integer additions into
-/// trees, whose many live products do not fit 16 registers.
-SAGELLM_INLINE void pin(__m256i& sum) { __asm__("" : "+x"(sum)); }
+/// Keeps a value in its register. Without it GCC turns the chains of integer additions into trees,
+/// whose many live products do not fit 16 registers, and loads codes again for every token.
+SAGELLM_INLINE void pin(__m256i& value) { __asm__("" : "+x"(value)); }
 
 // ----------------------------------------------------------------------------------------------
 // unpacking
@@ -99,10 +99,10 @@ struct UnitPointer {
   int64_t index;  // in the group
 };
 
-/// Asks for the weights some 2 KB after the present group. The hardware's prefetcher alone stops at
-/// pages and loses the thread when a K-quant's scales are read before its codes: a single core then
-/// reads at a third to three quarters of what memory gives. Past the end of the matrix this asks for
-/// the next one, or for nothing: a prefetch does not fault.
+/// Asks for the weights 2 KB behind the present group. Left to the hardware's prefetcher a core of
+/// Zen 3 reads one row block after the other at 60 to 77 % of what memory gives it, and K-quants,
+/// whose scales lie behind the codes, at 40 %; with this, at 90 % and more. Past the end of the
+/// matrix it asks for the next one, or for nothing: a prefetch does not fault.
 template <PackedFormat kFormat>
 SAGELLM_INLINE void prefetch_ahead(const uint8_t* row_block, int64_t index) {
   constexpr QuantLayout L = quant_layout(kFormat);

@@ -6,6 +6,7 @@
 #include "sagellm/base/error.h"
 #include "sagellm/bench/kernel_benchmark.h"
 #include "sagellm/kernels/cpu/dispatch.h"
+#include "sagellm/kv/kv_storage.h"
 #include "sagellm/quant/pack.h"
 #include "sagellm/runtime/compute_probe.h"
 

@@ -48,7 +48,7 @@ def test_every_kernel_format_and_shape_is_timed() -> None:
         for name in FORMATS:
             assert sum(case.startswith(f"{name} [64, 256]") for case in names) == 2
         for name in HEADS:
-            assert {f"{name} decode 40", f"{name} prefill 24"} <= set(names)
+            assert {f"{name} bf16 decode 40", f"{name} int8 prefill 24"} <= set(names)
     for r in results:
         figures = (r.microseconds, r.best_microseconds, r.gbps, r.gops, r.peak, r.peak_percent)
         assert all(math.isfinite(figure) and figure > 0 for figure in figures), r
@@ -85,9 +85,9 @@ def test_bytes_and_operations_are_those_of_the_problem() -> None:
     by_name = {c.case: c for c in cases(small(threads=(1,)), isa)}
     matmul = by_name["Q8_0 [64, 256] x 5"]
     assert (matmul.bytes, matmul.ops) == (64 * 256 // 32 * 34, 2 * 64 * 256 * 5)
-    decode = by_name["SmolLM2-135M decode 40"]
+    decode = by_name["SmolLM2-135M bf16 decode 40"]
     assert (decode.bytes, decode.ops) == (3 * 40 * 64 * 2 * 2, 4 * 9 * 64 * 40)
-    prefill = by_name["SmolLM2-135M prefill 24"]
+    prefill = by_name["SmolLM2-135M bf16 prefill 24"]
     assert prefill.ops == 4 * 9 * 64 * sum(range(1, 25))
 
 

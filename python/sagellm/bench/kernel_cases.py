@@ -7,6 +7,7 @@ comparisons count as one operation each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,6 +45,8 @@ FORMATS = (
 Arithmetic = Literal["f32", "bf16", "i8"]
 Level = Literal["memory", "cache"]
 
+_PAGE = 16  # tokens of a KV block
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
@@ -74,6 +77,7 @@ class Selection:
         contexts: Positions that a decoding token sees.
         prompts: Lengths of prefilled prompts.
         heads: Names of ``HEADS``.
+        kv_dtypes: How keys and values are stored.
         widths: Row lengths of row-wise kernels.
         vocabularies: Logits of a row.
         working_set: Bytes of weights, or of keys and values, that are read in turn; more than the
@@ -90,6 +94,7 @@ class Selection:
     contexts: tuple[int, ...] = (256, 1024, 4096)
     prompts: tuple[int, ...] = (512, 2048)
     heads: tuple[str, ...] = tuple(HEADS)
+    kv_dtypes: tuple[str, ...] = ("bf16", "int8")
     widths: tuple[int, ...] = (576, 4096)
     vocabularies: tuple[int, ...] = (49152, 262144)
     working_set: int = 128 << 20
@@ -142,11 +147,11 @@ def cases(selection: Selection, isa: str) -> Iterator[Case]:
 
 def count(selection: Selection) -> int:
     """How many cases ``cases`` will make, for a progress bar."""
-    attention = len(selection.heads) * (len(selection.contexts) + len(selection.prompts))
+    pages = len(selection.heads) * len(selection.kv_dtypes)
     sizes = {
         "matmul": len(selection.formats) * len(selection.tokens),
-        "attention": attention,
-        "kv_write": len(selection.heads),
+        "attention": pages * (len(selection.contexts) + len(selection.prompts)),
+        "kv_write": pages,
         "sampler": len(selection.vocabularies) * len(_RULES),
     }
     each = sum(sizes.get(kernel, len(selection.widths)) for kernel in selection.only)
@@ -193,40 +198,61 @@ def _attention(selection: Selection, isa: str) -> Iterator[Case]:
     arithmetic: Arithmetic = "bf16" if isa == "avx512_bf16" else "f32"
     sizes = [(context, 1) for context in selection.contexts]
     sizes += [(prompt, prompt) for prompt in selection.prompts]
-    for name in selection.heads:
+    for name, dtype in itertools.product(selection.heads, selection.kv_dtypes):
         shape = HEADS[name]
         for context, tokens in sizes:
-            layer = 4 * shape.kv_heads * shape.head_dim * context  # K and V, bf16
+            layer = context * _token_bytes(shape, dtype)
             layers = sequences = 1
             if tokens == 1:  # prefill reads what it has just written
                 layers = min(shape.layers, -(-selection.working_set // layer))
                 sequences = -(-selection.working_set // (layers * layer))
             seen = sum(range(context - tokens + 1, context + 1))  # pairs of query and key
+            phase = "decode" if tokens == 1 else "prefill"
             for threads in selection.threads:
                 yield Case(
                     kernel="attention",
-                    case=f"{name} {'decode' if tokens == 1 else 'prefill'} {context}",
+                    case=f"{name} {dtype} {phase} {context}",
                     threads=threads,
                     bytes=layer,
                     ops=4 * shape.kv_heads * shape.group * shape.head_dim * seen,
                     arithmetic=arithmetic,
                     level="memory" if tokens == 1 else "cache",
                     time=_time_pages(
-                        "time_attention", isa, shape, context, tokens, threads, layers, sequences
+                        "time_attention",
+                        isa,
+                        shape,
+                        dtype,
+                        tokens=(context, tokens),
+                        threads=threads,
+                        copies=(layers, sequences),
                     ),
                 )
+
+
+def _token_bytes(shape: HeadShape, dtype: str) -> int:
+    """K and V of one token in one layer, scales included."""
+    block = load_core().kv.bytes_per_block(
+        num_slots=1,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        block_size=_PAGE,
+        dtype=dtype,
+    )
+    return int(block) // _PAGE
 
 
 def _time_pages(
     function: str,
     isa: str,
     shape: HeadShape,
-    context: int,
-    tokens: int,
+    dtype: str,
+    *,
+    tokens: tuple[int, int],
     threads: int,
-    layers: int = 1,
-    sequences: int = 1,
+    copies: tuple[int, int] = (1, 1),
 ) -> Callable[[float], dict[str, Any]]:
+    """Times a kernel on pages: ``tokens`` are context and queries, ``copies`` layers, sequences."""
+
     def time(seconds: float) -> dict[str, Any]:
         return dict(
             getattr(load_core().kernels, function)(
@@ -234,12 +260,13 @@ def _time_pages(
                 kv_heads=shape.kv_heads,
                 group=shape.group,
                 head_dim=shape.head_dim,
-                context=context,
-                num_tokens=tokens,
+                context=tokens[0],
+                num_tokens=tokens[1],
                 threads=threads,
                 seconds=seconds,
-                layers=layers,
-                sequences=sequences,
+                layers=copies[0],
+                sequences=copies[1],
+                kv_dtype=dtype,
             )
         )
 
@@ -248,19 +275,21 @@ def _time_pages(
 
 def _kv_write(selection: Selection, isa: str) -> Iterator[Case]:
     context, tokens = 512, 64
-    for name in selection.heads:
+    for name, dtype in itertools.product(selection.heads, selection.kv_dtypes):
         shape = HEADS[name]
         values = 2 * shape.kv_heads * shape.head_dim * tokens
         for threads in selection.threads:
             yield Case(
                 kernel="kv_write",
-                case=f"{name} {tokens} tokens",
+                case=f"{name} {dtype} {tokens} tokens",
                 threads=threads,
-                bytes=6 * values,  # float32 to bf16
+                bytes=4 * values + tokens * _token_bytes(shape, dtype),
                 ops=values,
                 arithmetic="f32",
                 level="cache",
-                time=_time_pages("time_kv_write", isa, shape, context, tokens, threads),
+                time=_time_pages(
+                    "time_kv_write", isa, shape, dtype, tokens=(context, tokens), threads=threads
+                ),
             )
 
 

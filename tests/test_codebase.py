@@ -30,6 +30,7 @@ CPP_DOORS: dict[str, set[str]] = {
     "ops": _FOUNDATION | {"kernels", "quant", "runtime", "kv", "comm"},
     "model": _FOUNDATION
     | {"kernels", "quant", "runtime", "kv", "comm", "ops", "sample", "checkpoint"},
+    "bench": _FOUNDATION | {"kernels", "quant", "runtime", "kv", "sample", "model"},
 }
 ISA_HEADERS = {
     "immintrin.h",

@@ -21,8 +21,12 @@ class Barrier {
   /// Returns when all threads have arrived; what they wrote before is visible after.
   void arrive_and_wait();
 
+  /// How often a thread gave up polling and slept until the others came.
+  uint64_t num_sleeps() const { return num_sleeps_.load(std::memory_order_relaxed); }
+
  private:
   const int num_threads_;
+  std::atomic<uint64_t> num_sleeps_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
 };
@@ -51,6 +55,12 @@ class ThreadPool {
   /// Meets all threads of the running task.
   void barrier() { barrier_.arrive_and_wait(); }
 
+  /// How often one of the threads slept, at a barrier or between two runs: a thread that waits
+  /// long leaves its core to others.
+  uint64_t num_sleeps() const {
+    return barrier_.num_sleeps() + num_sleeps_.load(std::memory_order_relaxed);
+  }
+
  private:
   using Erased = void (*)(void*, int);
   void run_erased(Erased task, void* context);
@@ -58,6 +68,7 @@ class ThreadPool {
 
   const int num_threads_;
   Barrier barrier_;
+  std::atomic<uint64_t> num_sleeps_{0};
   Erased task_ = nullptr;
   void* context_ = nullptr;
   alignas(64) std::atomic<uint32_t> epoch_{0};

@@ -78,7 +78,7 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
             reference backend on torch's ``npu``), ``torch`` or ``torch:DEVICE`` (the same on any
             torch device).
         **options: Options of the backend: ``threads``, ``max_batch_tokens``, ``precision``,
-            ``isa`` for ``cpu``. Options that are None are left to the backend.
+            ``isa``, ``kv_dtype`` for ``cpu``. Options that are None are left to the backend.
 
     Raises:
         InvalidArgumentError: An unknown device, or an option that the device does not have.
@@ -90,7 +90,10 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
         return CpuRunner(checkpoint, **given)
     given.pop("max_batch_tokens", None)  # sizes the native core's workspace; others need none
     if given:
-        raise InvalidArgumentError(f"device {chosen!r} has no option {', '.join(sorted(given))}")
+        raise InvalidArgumentError(
+            f"device {chosen!r} has no option {', '.join(sorted(given))}; leave it out, or use "
+            "device 'cpu'"
+        )
     name, _, rest = chosen.partition(":")
     if name == "reference":
         return _reference_runner(checkpoint)

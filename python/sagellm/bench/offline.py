@@ -60,6 +60,7 @@ class OfflineResult:
     device: str
     isa: str
     precision: str
+    kv_dtype: str
     threads: int
     streams: int
     prompt_tokens: int
@@ -91,6 +92,7 @@ def run(
     threads: int | None,
     repeat: int,
     precision: str | None,
+    kv_dtype: str | None,
     device: str,
     speculation: Speculation = "off",
 ) -> OfflineResult:
@@ -113,7 +115,9 @@ def run(
         speculation=speculation,
     )
     try:
-        engine = load_engine(model, config, device=device, threads=threads, precision=precision)
+        engine = load_engine(
+            model, config, device=device, threads=threads, precision=precision, kv_dtype=kv_dtype
+        )
     except ResourceExhaustedError as error:
         raise ResourceExhaustedError(
             f"{error}; that is for {streams} streams of {length} tokens, so lower --streams, "
@@ -218,6 +222,7 @@ class _Bench:
             device=runner.device,
             isa=str(getattr(runner, "isa", "")),
             precision=str(getattr(runner, "precision", "float32")),
+            kv_dtype=runner.kv_dtype,
             threads=self.threads,
             streams=self.streams,
             prompt_tokens=self.prompt_tokens,
@@ -242,9 +247,11 @@ class _Bench:
 
     def _kv_bytes_read(self) -> float:
         """KV bytes that one decode step of one stream reads, at the mean context of the run."""
-        config = self.engine.runner.config
+        runner, size = self.engine.runner, self.engine.config.block_size
+        config = runner.config
         context = self.prompt_tokens + self.output_tokens / 2
-        per_token = 4 * config.num_kv_heads * config.head_dim  # K and V, bf16
+        slots = max(len(group.layers) for group in runner.kv_groups)
+        per_token = runner.kv_bytes_per_block(size) / (size * slots)  # of one layer
         return float(
             sum(
                 per_token * (min(context, window) if window else context)

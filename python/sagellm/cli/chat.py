@@ -12,6 +12,7 @@ import typer
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     MaxTokens,
     Model,
     Precision,
@@ -34,6 +35,7 @@ def chat(
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
     speculate: Speculate = "auto",
 ) -> None:
@@ -52,6 +54,7 @@ def chat(
         device=device,
         threads=threads,
         precision=precision,
+        kv_dtype=kv_dtype,
         kv_cache_gb=kv_cache_gb,
         speculate=speculate,
     ) as llm:

@@ -43,6 +43,13 @@ Precision = Annotated[
         "[default: a8]",
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        help="KV cache on the CPU: bf16, or int8 in about half of the memory.  [default: bf16]",
+    ),
+]
 KvCacheGb = Annotated[
     float | None,
     typer.Option("--kv-cache-gb", help="Memory for the KV cache, in GiB.  [default: what fits]"),
@@ -65,6 +72,7 @@ def open_llm(
     device: str,
     threads: int | None,
     precision: str | None,
+    kv_dtype: str | None,
     kv_cache_gb: float | None,
     speculate: str = "auto",
 ) -> LLM:
@@ -79,6 +87,7 @@ def open_llm(
         device=device,
         threads=threads,
         precision=precision,
+        kv_dtype=kv_dtype,
         kv_cache_gb=kv_cache_gb,
         speculation=speculation,
     )

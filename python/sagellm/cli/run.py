@@ -11,6 +11,7 @@ import typer
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     MaxTokens,
     Model,
     Precision,
@@ -53,6 +54,7 @@ def run(
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
     speculate: Speculate = "auto",
 ) -> None:
@@ -82,6 +84,7 @@ def run(
         device=device,
         threads=threads,
         precision=precision,
+        kv_dtype=kv_dtype,
         kv_cache_gb=kv_cache_gb,
         speculate=speculate,
     ) as llm:

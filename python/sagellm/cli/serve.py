@@ -14,6 +14,7 @@ from sagellm.checkpoint.store import resolve_model
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     Precision,
     Speculate,
     Threads,
@@ -77,6 +78,7 @@ def serve(
     device: Device = "auto",
     threads: Threads = None,
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
     speculate: Speculate = "auto",
     max_model_len: MaxModelLen = None,
@@ -136,6 +138,7 @@ def serve(
             device=device,
             threads=threads,
             precision=precision,
+            kv_dtype=kv_dtype,
             engine=engine,
             chat_template=None if chat_template is None else read_template(chat_template),
         ),

@@ -144,6 +144,7 @@ class LLM:
         threads: int | None = None,
         precision: str | None = None,
         isa: str | None = None,
+        kv_dtype: str | None = None,
         kv_cache_gb: float | None = None,
         max_model_len: int | None = None,
         **engine_options: Any,
@@ -157,6 +158,7 @@ class LLM:
             threads: CPU threads; None takes all of this process.
             precision: ``a8`` or ``a15`` on the CPU.
             isa: Forces an instruction-set path.
+            kv_dtype: Keys and values on the CPU: ``bf16``, or ``int8`` in about half of the memory.
             kv_cache_gb: Memory of the KV pool in GiB; None chooses by free memory.
             max_model_len: Longest sequence in tokens; None is the model's own limit.
             **engine_options: Other fields of ``EngineConfig``.
@@ -169,7 +171,13 @@ class LLM:
             name = str(model) if not Path(model).exists() else Path(model).stem
             config = _engine_config(kv_cache_gb, max_model_len, engine_options)
             self._engine = load_engine(
-                model, config, device=device, threads=threads, precision=precision, isa=isa
+                model,
+                config,
+                device=device,
+                threads=threads,
+                precision=precision,
+                isa=isa,
+                kv_dtype=kv_dtype,
             )
         else:
             self._engine = model

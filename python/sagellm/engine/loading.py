@@ -12,6 +12,7 @@ from sagellm.checkpoint import open_checkpoint
 from sagellm.checkpoint.store import resolve_model
 from sagellm.engine.config import EngineConfig
 from sagellm.engine.engine import Engine
+from sagellm.errors import InvalidArgumentError
 from sagellm.text import ChatTemplate, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def load_engine(
     threads: int | None = None,
     precision: str | None = None,
     isa: str | None = None,
+    kv_dtype: str | None = None,
 ) -> Engine:
     """Opens a model and builds an engine on it.
 
@@ -42,12 +44,15 @@ def load_engine(
         threads: CPU threads; None takes all of this process.
         precision: Of activations, for devices that have a choice.
         isa: Forces an instruction-set path.
+        kv_dtype: What keys and values are stored as, for devices that have a choice.
 
     Raises:
         SagellmError: The model is not found, corrupt or unsupported, or memory does not suffice.
     """
     config = config or EngineConfig()
     if device == "mock":
+        if kv_dtype is not None:
+            raise InvalidArgumentError("device 'mock' has no option kv_dtype; leave it out")
         return Engine(MockRunner(), mock_tokenizer(), config)
     checkpoint = open_checkpoint(resolve_model(model))
     # The native reader of weights leaves the GIL to the tokenizer's tables.
@@ -60,6 +65,7 @@ def load_engine(
             max_batch_tokens=config.max_batch_tokens,
             precision=precision,
             isa=isa,
+            kv_dtype=kv_dtype,
         )
         try:
             tokenizer, template = text.result()

@@ -44,17 +44,22 @@ TEST_P(ThreadPoolTest, BarrierMakesEarlierWritesVisible) {
 TEST_P(ThreadPoolTest, QueueHandsOutEveryItemOnce) {
   ThreadPool pool(GetParam());
   WorkQueue queue(3);
-  for (int round = 0; round < 20; ++round) {
+  for (const int total : {0, 1, 2, 5, 36, 1000}) {
     queue.reset();
-    std::vector<std::atomic<int>> seen(1000);
+    std::vector<std::atomic<int>> seen(static_cast<size_t>(total));
+    std::atomic<bool> too_long{false};
     pool.run([&](int thread) {
       for (int phase = 0; phase < 3; ++phase) {
-        queue.for_each(phase, thread, pool.size(), 1000, 7, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) seen[static_cast<size_t>(i)].fetch_add(1);
-        });
+        const int64_t max_chunk = phase == 2 ? 7 : total;
+        queue.for_each(phase, thread, pool.size(), total, max_chunk,
+                       [&](int64_t begin, int64_t end) {
+                         if (phase == 2 && end - begin > 7) too_long.store(true);
+                         for (int64_t i = begin; i < end; ++i) ++seen[static_cast<size_t>(i)];
+                       });
       }
     });
     for (const auto& count : seen) ASSERT_EQ(count.load(), 3);
+    EXPECT_FALSE(too_long.load());
   }
 }
 
@@ -86,7 +91,9 @@ TEST_P(ThreadPoolTest, WorkersSleepBetweenRuns) {
   const auto workers = static_cast<uint64_t>(GetParam() - 1);
   while (pool.num_sleeps() < workers) std::this_thread::yield();
   int calls = 0;
-  pool.run([&](int thread) { calls += thread == 0; });  // wakes them
+  pool.run([&](int thread) {  // wakes them
+    if (thread == 0) ++calls;
+  });
   EXPECT_EQ(calls, 1);
 }
 

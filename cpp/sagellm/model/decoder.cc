@@ -235,26 +235,21 @@ void Decoder::for_tokens(const StepState& step, Phase kind, int thread, int64_t 
     phase_timer_.lap(thread, kind);
     return;
   }
-  const int64_t grain = std::clamp<int64_t>(count / (4 * pool_.size()), 1, 16);
-  for_units({count, grain}, kind, thread, phase, [&](int64_t begin, int64_t end) {
+  for_units({count, 16}, kind, thread, phase, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(t);
   });
 }
 
 template <typename Body>
 void Decoder::for_units(const Units& units, Phase kind, int thread, int& phase, const Body& body) {
-  queue_.for_each(phase++, thread, pool_.size(), units.total, units.grain, body);
+  queue_.for_each(phase++, thread, pool_.size(), units.total, units.max_chunk, body);
   phase_timer_.lap(thread, kind);
   pool_.barrier();
   phase_timer_.lap(thread, Phase::kWait);
 }
 
-Decoder::Units Decoder::units(int64_t total, int64_t max_grain) const {
-  return {total, std::clamp<int64_t>(total / (4 * pool_.size()), 1, max_grain)};
-}
-
-Decoder::Units Decoder::units(const quant::PackedMatrix& matrix) const {
-  return units(matrix.num_row_blocks(), 256);
+Decoder::Units Decoder::units(const quant::PackedMatrix& matrix) {
+  return {matrix.num_row_blocks(), 256};
 }
 
 ActKinds Decoder::kinds(std::initializer_list<const quant::PackedMatrix*> matrices) const {
@@ -324,7 +319,7 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
   if (step.small) {
     for (int64_t t = 0; t < step.num_tokens(); ++t) embed_token(t);
   }
-  const Units tokens = units(step.num_tokens(), 16);
+  const Units tokens{step.num_tokens(), 16};
   for_units(tokens, Phase::kEmbed, thread, phase, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (!step.small) embed_token(t);
@@ -427,7 +422,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
     hidden_in_.encode(table_, qkv_kinds, base + t, base + t + 1);
   });
   const kernels::Activations qkv_x = hidden_in_.view(base);
-  for_units(units(config_.num_kv_heads + config_.num_heads, 1), Phase::kQkv, thread, phase,
+  for_units({config_.num_kv_heads + config_.num_heads, 1}, Phase::kQkv, thread, phase,
             [&](int64_t begin, int64_t end) {
               for (int64_t unit = begin; unit < end; ++unit) qkv_unit(step, layer, unit, qkv_x);
             });
@@ -435,7 +430,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
   const AttentionPlan& plan =
       plans_[static_cast<size_t>(plan_of_layer_[static_cast<size_t>(layer)])];
   const int64_t num_units = static_cast<int64_t>(plan.items.size()) * config_.num_kv_heads;
-  for_units(units(num_units, 4), Phase::kAttention, thread, phase, [&](int64_t begin, int64_t end) {
+  for_units({num_units, 4}, Phase::kAttention, thread, phase, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
       const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
@@ -551,7 +546,7 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
     hidden_in_.encode(table_, head_kinds, base + r, base + r + 1);
   });
   if (step.sampling.empty() && step.outputs.logits == nullptr) return;
-  const Units blocks = units(head_plan_.num_blocks(), 256);
+  const Units blocks{head_plan_.num_blocks(), 256};
   for (int64_t first = 0; first < rows; first += kHeadRows) {
     const int64_t count = std::min<int64_t>(kHeadRows, rows - first);
     const kernels::Activations x = hidden_in_.view(base + first);
@@ -560,7 +555,7 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
         matmul(head, run_begin, run_end, x, count, floats(logits_), vocab_stride_);
       });
     });
-    for_units(units(count, 1), Phase::kSample, thread, phase, [&](int64_t begin, int64_t end) {
+    for_units({count, 1}, Phase::kSample, thread, phase, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         choose(step, first + i, floats(logits_) + i * vocab_stride_,
                sample_scratch_[static_cast<size_t>(thread)]);

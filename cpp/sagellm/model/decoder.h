@@ -77,9 +77,9 @@ class Decoder {
 
  private:
   struct StepState;  // what the phases of one step share
-  struct Units {     // work of a phase, handed out `grain` at a time
+  struct Units {     // work of a phase, handed out at most `max_chunk` at a time
     int64_t total;
-    int64_t grain;
+    int64_t max_chunk;
   };
 
   void validate(const ForwardBatch& batch) const;
@@ -99,8 +99,7 @@ class Decoder {
   /// Shares the units of a phase among the threads, then meets them at a barrier.
   template <typename Body>
   void for_units(const Units& units, Phase kind, int thread, int& phase, const Body& body);
-  Units units(int64_t total, int64_t max_grain) const;
-  Units units(const quant::PackedMatrix& matrix) const;
+  static Units units(const quant::PackedMatrix& matrix);
 
   void qkv_unit(StepState& step, int layer, int64_t unit, const kernels::Activations& x);
   void finish_projection(const quant::PackedMatrix& matrix, const float* bias, const float* norm,

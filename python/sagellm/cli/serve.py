@@ -125,8 +125,7 @@ def serve(
         kv_cache_bytes=_bytes_of(kv_cache_gb),
         speculation=parse_speculation(speculate),
     )
-    log.configure(force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    _configure_log()
     begun = time.perf_counter()
     gateway = open_gateway(
         config,
@@ -143,7 +142,6 @@ def serve(
             chat_template=None if chat_template is None else read_template(chat_template),
         ),
     )
-    gc.freeze()  # vocabularies and modules stay: full passes of the collector need not see them
     _run(gateway, begun)
 
 
@@ -217,8 +215,14 @@ def _name_of(model: str) -> str:
     return Path(model).stem if Path(model).exists() else model
 
 
+def _configure_log() -> None:
+    log.configure(force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
 def _run(gateway: Gateway, begun: float) -> None:
     config = gateway.config
+    gc.freeze()  # vocabularies and modules stay: full passes of the collector need not see them
     # After each native step the engine's thread needs the GIL back while the event loop is busy:
     # the default of 5 ms is as long as a step of a small model.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -20,7 +20,7 @@ def arithmetic_peak(isa: str, arithmetic: str, threads: typing.SupportsInt | typ
     """
     The most multiplications and additions per second: {"instruction", "ops_per_second"}.
     """
-def attention(isa: str, q: numpy.typing.NDArray[numpy.float32], pool: numpy.typing.NDArray[numpy.uint16], block_table: numpy.typing.NDArray[numpy.int32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex, splits: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], window: typing.SupportsInt | typing.SupportsIndex = 0, scale: typing.SupportsFloat | typing.SupportsIndex = 1.0, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0) -> tuple:
+def attention(isa: str, q: numpy.typing.NDArray[numpy.float32], pool: numpy.ndarray, block_table: numpy.typing.NDArray[numpy.int32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex, splits: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], window: typing.SupportsInt | typing.SupportsIndex = 0, scale: typing.SupportsFloat | typing.SupportsIndex = 1.0, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0) -> tuple:
     """
     Runs AttentionParams for q [tokens, group, head_dim]; returns the states (m, l, acc).
     """
@@ -52,7 +52,7 @@ def cpu_features() -> list[str]:
     """
 def gelu_tanh_mul(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
-def kv_write(isa: str, pool: numpy.typing.NDArray[numpy.uint16], block_table: numpy.typing.NDArray[numpy.int32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex) -> None:
+def kv_write(isa: str, pool: numpy.ndarray, block_table: numpy.typing.NDArray[numpy.int32], k: numpy.typing.NDArray[numpy.float32], v: numpy.typing.NDArray[numpy.float32], *, kv_head: typing.SupportsInt | typing.SupportsIndex, block_stride: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, first_position: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def layer_norm(isa: str, x: numpy.typing.NDArray[numpy.float32], weight: numpy.typing.NDArray[numpy.float32], bias: numpy.typing.NDArray[numpy.float32], eps: typing.SupportsFloat | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float32]:
     ...
@@ -86,12 +86,12 @@ def softmax(isa: str, x: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.ND
     ...
 def sum_exp(isa: str, x: numpy.typing.NDArray[numpy.float32], max: typing.SupportsFloat | typing.SupportsIndex) -> float:
     ...
-def time_attention(isa: str, *, kv_heads: typing.SupportsInt | typing.SupportsIndex, group: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, context: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, seconds: typing.SupportsFloat | typing.SupportsIndex, layers: typing.SupportsInt | typing.SupportsIndex = 1, sequences: typing.SupportsInt | typing.SupportsIndex = 1) -> dict:
+def time_attention(isa: str, *, kv_heads: typing.SupportsInt | typing.SupportsIndex, group: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, context: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, seconds: typing.SupportsFloat | typing.SupportsIndex, layers: typing.SupportsInt | typing.SupportsIndex = 1, sequences: typing.SupportsInt | typing.SupportsIndex = 1, kv_dtype: str = 'bf16') -> dict:
     """
     Seconds of attention of the last `num_tokens` of `context` positions, merge included; `layers` of
     `sequences` are used in turn.
     """
-def time_kv_write(isa: str, *, kv_heads: typing.SupportsInt | typing.SupportsIndex, group: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, context: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, seconds: typing.SupportsFloat | typing.SupportsIndex, layers: typing.SupportsInt | typing.SupportsIndex = 1, sequences: typing.SupportsInt | typing.SupportsIndex = 1) -> dict:
+def time_kv_write(isa: str, *, kv_heads: typing.SupportsInt | typing.SupportsIndex, group: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, context: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, seconds: typing.SupportsFloat | typing.SupportsIndex, layers: typing.SupportsInt | typing.SupportsIndex = 1, sequences: typing.SupportsInt | typing.SupportsIndex = 1, kv_dtype: str = 'bf16') -> dict:
     """
     Seconds of writing K and V of the last `num_tokens` of `context` positions.
     """

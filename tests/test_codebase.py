@@ -24,6 +24,7 @@ CPP_DOORS: dict[str, set[str]] = {
     "quant": _FOUNDATION | {"kernels"},
     "runtime": _FOUNDATION | {"kernels", "quant"},
     "checkpoint": _FOUNDATION | {"kernels", "quant", "runtime"},
+    "text": _FOUNDATION | {"checkpoint"},
     "comm": _FOUNDATION | {"runtime"},
     "kv": _FOUNDATION | {"kernels", "quant", "runtime"},
     "sample": _FOUNDATION | {"kernels", "quant", "runtime"},

@@ -9,9 +9,9 @@ from . import kernels
 from . import kv
 from . import ops
 from . import sample
-from . import text
 from . import model
 from . import encoder
 from . import profiler
+from . import text
 __all__: list[str] = ['checkpoint', 'encoder', 'kernels', 'kv', 'model', 'ops', 'profiler', 'quant', 'runtime', 'sample', 'text']
 __version__: str = '0.1.0.0'

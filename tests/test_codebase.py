@@ -24,6 +24,7 @@ CPP_DOORS: dict[str, set[str]] = {
     "quant": _FOUNDATION | {"kernels"},
     "runtime": _FOUNDATION | {"kernels", "quant"},
     "checkpoint": _FOUNDATION | {"kernels", "quant", "runtime"},
+    "text": _FOUNDATION | {"checkpoint"},
     "comm": _FOUNDATION | {"runtime"},
     "kv": _FOUNDATION | {"kernels", "quant", "runtime"},
     "sample": _FOUNDATION | {"kernels", "quant", "runtime"},
@@ -32,6 +33,7 @@ CPP_DOORS: dict[str, set[str]] = {
     | {"kernels", "quant", "runtime", "kv", "comm", "ops", "sample", "checkpoint"},
     "cuda": _FOUNDATION
     | {"kernels", "quant", "runtime", "kv", "comm", "ops", "sample", "checkpoint", "model"},
+    "bench": _FOUNDATION | {"kernels", "quant", "runtime", "kv", "sample", "model"},
 }
 ISA_HEADERS = {
     "immintrin.h",
@@ -57,6 +59,7 @@ OPTIONAL_IMPORTS = {
 # And what takes long to load and is seldom needed, by the only file that may put it off.
 LATE_IMPORTS = {
     "rich": "python/sagellm/terminal.py",  # draws a bar when a download begins
+    "llguidance": "python/sagellm/engine/grammar.py",  # start-up: most requests have no grammar
 }
 NATIVE_MODULES = ("sagellm._core", "sagellm.backends.cpu")
 MAX_FUNCTION_LINES = 80

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "sagellm/base/error.h"
 #include "sagellm/kernels/cpu/dispatch.h"
@@ -22,6 +23,7 @@ using namespace sagellm;  // NOLINT: a binding file of the core
 using FloatArray = py::array_t<float, py::array::c_style>;
 using IntArray = py::array_t<int32_t, py::array::c_style>;
 using HalfArray = py::array_t<uint16_t, py::array::c_style>;
+using CodeArray = py::array_t<int8_t, py::array::c_style>;
 
 void require_same_size(const FloatArray& a, const FloatArray& b, const char* what) {
   require<InvalidArgument>(a.size() == b.size(), what, ": the arrays have ", a.size(), " and ",
@@ -32,8 +34,9 @@ FloatArray like(const FloatArray& x) {
   return FloatArray(py::array::ShapeContainer(x.shape(), x.shape() + x.ndim()));
 }
 
-/// The page geometry of a test pool, checked against the pool's size and a block table.
-kernels::KvView make_view(HalfArray& pool, const IntArray& block_table, int kv_head,
+/// The page geometry of a test pool, checked against the pool's size and a block table. The pool's
+/// element type is the KV dtype: uint16 for bf16, int8 for int8; strides count elements.
+kernels::KvView make_view(py::array& pool, const IntArray& block_table, int kv_head,
                           int64_t block_stride, int64_t head_stride, int block_size, int head_dim,
                           int64_t num_positions) {
   require<InvalidArgument>(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kernels::kMaxHeadDim,
@@ -47,17 +50,28 @@ kernels::KvView make_view(HalfArray& pool, const IntArray& block_table, int kv_h
       block_table.ndim() == 1 && block_table.size() * block_size >= num_positions,
       "the block table holds ", block_table.size() * block_size, " positions, ", num_positions,
       " are needed");
-  const int64_t page = int64_t{2} * block_size * head_dim;
+  const bool bf16 = py::isinstance<HalfArray>(pool);
+  require<InvalidArgument>(bf16 || py::isinstance<CodeArray>(pool),
+                           "the pool must be an array of uint16 (bf16) or int8");
+  kernels::KvView view;
+  view.dtype = bf16 ? kernels::KvDtype::kBF16 : kernels::KvDtype::kI8;
+  view.sub_page_bytes = static_cast<int32_t>(kernels::kv_sub_page_bytes(view.dtype, head_dim));
+  view.block_size = block_size;
+  view.head_dim = head_dim;
+  const int64_t page = block_size / kernels::kSubPage * view.sub_page_bytes / pool.itemsize();
   for (py::ssize_t i = 0; i < block_table.size(); ++i) {
     const int64_t block = block_table.at(i);
     require<InvalidArgument>(
         block >= 0 && block * block_stride + kv_head * head_stride + page <= pool.size(), "block ",
         block, " of the block table is outside the pool of ", pool.size(), " elements");
   }
-  return {pool.mutable_data(), block_stride, head_stride, block_size, head_dim};
+  view.pool = static_cast<uint8_t*>(pool.mutable_data());
+  view.block_stride = block_stride * pool.itemsize();
+  view.head_stride = head_stride * pool.itemsize();
+  return view;
 }
 
-py::tuple run_attention(const std::string& isa, const FloatArray& q, HalfArray& pool,
+py::tuple run_attention(const std::string& isa, const FloatArray& q, py::array& pool,
                         const IntArray& block_table, int kv_head, int64_t block_stride,
                         int64_t head_stride, int block_size, int first_position,
                         std::pair<int, int> splits, int window, float scale, float softcap) {
@@ -118,7 +132,7 @@ FloatArray run_attention_finish(const std::string& isa, const FloatArray& m, con
   return out;
 }
 
-void run_kv_write(const std::string& isa, HalfArray& pool, const IntArray& block_table,
+void run_kv_write(const std::string& isa, py::array& pool, const IntArray& block_table,
                   const FloatArray& k, const FloatArray& v, int kv_head, int64_t block_stride,
                   int64_t head_stride, int block_size, int first_position) {
   require<InvalidArgument>(

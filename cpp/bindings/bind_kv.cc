@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "sagellm/base/error.h"
@@ -102,28 +103,38 @@ void bind_cache(py::module_& m) {
       .def("check_integrity", &KvCache::check_integrity);
 }
 
-// The pages of one slot as a uint16 array [num_blocks + 1, kv_heads, 2 * block_size * head_dim]
-// over the storage's own memory.
-py::array_t<uint16_t> pages(py::object self, int slot) {
+// The pages of one slot as bytes [num_blocks + 1, kv_heads, bytes of a page] over the storage's own
+// memory; 16-bit elements in bf16.
+py::array pages(py::object self, int slot) {
   auto& storage = self.cast<KvStorage&>();
   const auto view = storage.view(slot);
-  constexpr py::ssize_t kBytes = sizeof(uint16_t);
-  return py::array_t<uint16_t>({static_cast<py::ssize_t>(storage.num_blocks() + 1),
-                                static_cast<py::ssize_t>(storage.num_kv_heads()),
-                                static_cast<py::ssize_t>(view.head_stride)},
-                               {static_cast<py::ssize_t>(view.block_stride) * kBytes,
-                                static_cast<py::ssize_t>(view.head_stride) * kBytes, kBytes},
-                               view.pool, self);
+  const bool bf16 = view.dtype == sagellm::kernels::KvDtype::kBF16;
+  const py::dtype type = bf16 ? py::dtype::of<uint16_t>() : py::dtype::of<int8_t>();
+  return py::array(
+      type,
+      std::vector<py::ssize_t>{static_cast<py::ssize_t>(storage.num_blocks() + 1),
+                               static_cast<py::ssize_t>(storage.num_kv_heads()),
+                               static_cast<py::ssize_t>(view.head_stride) / type.itemsize()},
+      std::vector<py::ssize_t>{static_cast<py::ssize_t>(view.block_stride),
+                               static_cast<py::ssize_t>(view.head_stride), type.itemsize()},
+      view.pool, self);
 }
 
 void bind_storage(py::module_& m) {
   py::class_<KvStorage, std::shared_ptr<KvStorage>>(
-      m, "KvStorage", "Memory of the KV pages: bf16, packed for the attention kernels.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t>(), "num_blocks"_a, "num_slots"_a,
-           "num_kv_heads"_a, "head_dim"_a, "block_size"_a)
+      m, "KvStorage", "Memory of the KV pages, packed for the attention kernels.")
+      .def(py::init([](int64_t num_blocks, int64_t num_slots, int64_t num_kv_heads,
+                       int64_t head_dim, int64_t block_size, const std::string& dtype) {
+             return std::make_shared<KvStorage>(num_blocks, num_slots, num_kv_heads, head_dim,
+                                                block_size, dtype_from_name(dtype));
+           }),
+           "num_blocks"_a, "num_slots"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a,
+           "dtype"_a = "bf16")
       .def("pages", &pages, "slot"_a,
-           "uint16 view [num_blocks + 1, kv_heads, 2 * block_size * head_dim].")
+           "View [num_blocks + 1, kv_heads, elements of a page]: uint16 in bf16, int8 in int8.")
       .def("copy_block", &KvStorage::copy_block, "source"_a, "destination"_a)
+      .def_property_readonly("dtype",
+                             [](const KvStorage& s) { return std::string(dtype_name(s.dtype())); })
       .def_property_readonly("bytes", &KvStorage::bytes)
       .def_property_readonly("bytes_per_block",
                              [](const KvStorage& s) { return s.bytes_per_block(); });
@@ -151,17 +162,23 @@ py::dict benchmark(int64_t num_blocks, int64_t block_size, int64_t blocks_per_re
 }  // namespace
 
 void register_kv(py::module_& m) {
-  py::module_ kv = m.def_submodule("kv", "Block pool, prefix index, block tables and KV pages.");
-  bind_cache(kv);
-  bind_storage(kv);
+  py::module_ sub = m.def_submodule("kv", "Block pool, prefix index, block tables and KV pages.");
+  bind_cache(sub);
+  bind_storage(sub);
   const BenchmarkOptions defaults;
-  kv.def("bytes_per_block",
-         py::overload_cast<int64_t, int64_t, int64_t, int64_t>(&KvStorage::bytes_per_block),
-         "num_slots"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a,
-         "Bytes of one block of a KvStorage of these sizes.");
-  kv.def("benchmark", &benchmark, "num_blocks"_a = defaults.num_blocks,
-         "block_size"_a = defaults.block_size, "blocks_per_request"_a = defaults.blocks_per_request,
-         "num_requests"_a = defaults.num_requests, "repeat"_a = defaults.repeat,
-         "Times the bookkeeping; medians in nanoseconds per block (allocate_free_ns, "
-         "prefix_path_ns).");
+  sub.def(
+      "bytes_per_block",
+      [](int64_t num_slots, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
+         const std::string& dtype) {
+        return KvStorage::bytes_per_block(num_slots, num_kv_heads, head_dim, block_size,
+                                          dtype_from_name(dtype));
+      },
+      "num_slots"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "dtype"_a = "bf16",
+      "Bytes of one block of a KvStorage of these sizes.");
+  sub.def("benchmark", &benchmark, "num_blocks"_a = defaults.num_blocks,
+          "block_size"_a = defaults.block_size,
+          "blocks_per_request"_a = defaults.blocks_per_request,
+          "num_requests"_a = defaults.num_requests, "repeat"_a = defaults.repeat,
+          "Times the bookkeeping; medians in nanoseconds per block (allocate_free_ns, "
+          "prefix_path_ns).");
 }

@@ -93,6 +93,21 @@ py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices&
   return py::make_tuple(rows, logits, hidden);
 }
 
+py::dict phase_times(model::Decoder& decoder) {
+  const model::PhaseTimer& timer = decoder.phase_timer();
+  py::list threads;
+  for (const model::PhaseTimer::ThreadTimes& times : timer.threads()) {
+    py::dict phases;
+    for (size_t i = 0; i < model::kNumPhases; ++i) {
+      phases[py::str(model::phase_name(static_cast<model::Phase>(i)))] =
+          static_cast<double>(times.ns[i]) * 1e-9;
+    }
+    threads.append(phases);
+  }
+  return py::dict("steps"_a = timer.num_steps(),
+                  "seconds"_a = static_cast<double>(timer.step_ns()) * 1e-9, "threads"_a = threads);
+}
+
 }  // namespace
 
 void register_model(py::module_& m) {
@@ -116,6 +131,13 @@ void register_model(py::module_& m) {
            "(token_id,\n"
            "logprob | None, top_ids, top_logprobs, error | None), one per entry of `sampling`.\n"
            "Hidden states are those after the final norm.")
+      .def(
+          "time_phases", [](Decoder& d, bool enabled) { d.phase_timer().enable(enabled); },
+          "enabled"_a,
+          "Starts timing the phases of steps from zero, or stops. Not while a step runs.")
+      .def("phase_times", &phase_times,
+           "Of the steps since then: {\"steps\", \"seconds\" inside `step`, \"threads\": per "
+           "thread {phase: seconds},\nwhich add up to \"seconds\"}.")
       .def_property_readonly("isa", [](const Decoder& d) { return d.kernels().name; })
       .def_property_readonly("num_threads", &Decoder::num_threads)
       .def_property_readonly("weight_bytes", [](const Decoder& d) { return d.weights().bytes(); })

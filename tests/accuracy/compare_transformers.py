@@ -2,7 +2,7 @@
 
 Run by hand (needs ``pip install torch==2.13.0 transformers gguf``):
 
-    python tests/accuracy/compare_transformers.py PATH.gguf [--precision a15] [--json]
+    python tests/accuracy/compare_transformers.py PATH.gguf [--precision a15] [--kv-dtype int8]
 
 transformers reads the GGUF file itself, so the tensor mapping, the dequantizer and the model are
 independent of
@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--precision", default="a8")
+    parser.add_argument("--kv-dtype", default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -98,10 +99,13 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.gguf.parent, gguf_file=args.gguf.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    options = {"precision": args.precision} if args.device == "cpu" else {}
+    options = {}
+    if args.device == "cpu":
+        options = {"precision": args.precision, "kv_dtype": args.kv_dtype}
     with LLM(str(args.gguf), device=args.device, **options) as llm:
         ids = llm.tokenizer.encode(TEXT, add_special=True)[:1024]
         report: dict[str, object] = {"model": args.gguf.name, "precision": args.precision}
+        report["kv_dtype"] = llm.engine.runner.kv_dtype
         report.update(compare_logits(model, llm, ids))
         greedy = [
             compare_greedy(model, llm, llm.tokenizer.encode(p, add_special=True), 64)

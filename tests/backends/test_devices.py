@@ -278,6 +278,8 @@ def test_other_names_give_their_backend(checkpoint: Checkpoint) -> None:
         create_runner(checkpoint, "reference", precision="a15")
     with pytest.raises(InvalidArgumentError, match="'reference' has no option threads"):
         create_runner(checkpoint, "reference", threads=2)
+    with pytest.raises(InvalidArgumentError, match="no option kv_dtype; leave it out"):
+        create_runner(checkpoint, "reference", kv_dtype="int8")
     with pytest.raises(InvalidArgumentError, match="MockRunner"):
         create_runner(checkpoint, "mock")
     pytest.importorskip("torch", reason="torch is not installed")
@@ -285,6 +287,23 @@ def test_other_names_give_their_backend(checkpoint: Checkpoint) -> None:
     assert create_runner(checkpoint, "torch:cpu").device == "torch:cpu"
     with pytest.raises(DeviceUnavailableError, match="cuda:7"):
         create_runner(checkpoint, "torch:cuda:7")
+
+
+@pytest.mark.native
+def test_the_kv_dtype_is_told_and_paid_for(checkpoint: Checkpoint) -> None:
+    default, bf16, int8 = (
+        create_runner(checkpoint, "cpu", threads=1, kv_dtype=dtype)
+        for dtype in ("auto", "bf16", "int8")
+    )
+    assert [r.kv_dtype for r in (default, bf16, int8)] == ["bf16", "bf16", "int8"]
+    heads, dim = checkpoint.config.num_kv_heads, checkpoint.config.head_dim
+    slots = max(len(group.layers) for group in int8.kv_groups)
+    assert bf16.kv_bytes_per_block(32) == slots * heads * 32 * 4 * dim
+    assert int8.kv_bytes_per_block(32) == slots * heads * 32 * (2 * dim + 8)  # codes and scales
+    int8.allocate_kv(6, 32)
+    assert int8.memory["kv"] == 7 * int8.kv_bytes_per_block(32)  # block 0 is padding
+    with pytest.raises(InvalidArgumentError, match="kv_dtype is 'fp8'; choose 'auto', 'bf16'"):
+        create_runner(checkpoint, "cpu", kv_dtype="fp8")
 
 
 @pytest.mark.native

@@ -225,8 +225,8 @@ def nibble(unit: np.ndarray, r: int, k: int) -> int:
     return int(unit[(low // 4) * 64 + r * 4 + low % 4] >> (0 if k < 16 else 4)) & 15
 
 
-def high_bit(masks: np.ndarray, r: int, k: int) -> int:
-    return (int(masks.view("<u8")[k // 4]) >> (r * 4 + k % 4)) & 1
+def high_bit(planes: np.ndarray, r: int, k: int) -> int:
+    return (int(planes[r * 4 + k % 4]) >> (k // 4)) & 1
 
 
 def two_bits(planes: np.ndarray, r: int, k: int) -> int:

@@ -3,9 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -19,22 +21,24 @@ namespace sagellm::kernels {
 /// One sequence whose pool is allocated exactly, full of NaN where nothing was written.
 struct Sequence {
   std::vector<float> k, v;
-  std::vector<uint16_t> pool;
+  std::vector<uint16_t> pool;  // 16-bit NaN patterns, seen as whatever the pages hold
   std::vector<int32_t> table;
   KvView view;
 
-  Sequence(int tokens, int head_dim, int block_size, unsigned seed) {
+  Sequence(int tokens, int head_dim, int block_size, unsigned seed, KvDtype dtype) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     const auto blocks = static_cast<size_t>((tokens + block_size - 1) / block_size);
-    const size_t page = size_t{2} * static_cast<size_t>(block_size * head_dim);
+    const auto sub_page = static_cast<int32_t>(kv_sub_page_bytes(dtype, head_dim));
+    const int64_t page = int64_t{block_size / kSubPage} * sub_page;
     k.resize(static_cast<size_t>(tokens * head_dim));
     v.resize(k.size());
     for (float& x : k) x = normal(random);
     for (float& x : v) x = normal(random);
-    pool.assign(blocks * page, 0xffff);
+    pool.assign(blocks * static_cast<size_t>(page) / 2, 0xffff);
     for (size_t i = 0; i < blocks; ++i) table.push_back(static_cast<int32_t>(blocks - 1 - i));
-    view = {pool.data(), static_cast<int64_t>(page), 0, block_size, head_dim};
+    view = {
+        reinterpret_cast<uint8_t*>(pool.data()), page, 0, block_size, head_dim, sub_page, dtype};
   }
 
   void write(const KernelTable& kernels, int begin, int end) {
@@ -53,6 +57,8 @@ struct Sequence {
 struct States {
   std::vector<float> m, l, acc;
 };
+
+inline constexpr KvDtype kDtypes[] = {KvDtype::kBF16, KvDtype::kI8};
 
 struct Shape {
   int head_dim = 64;
@@ -137,15 +143,17 @@ inline void expect_same_bits(const std::vector<float>& a, const std::vector<floa
 }
 
 /// Same K, V and q give the generic table's output, within the rounding of the path.
-inline void expect_agreement(const KernelTable& kernels, const KernelTable& generic) {
+inline void expect_agreement(const KernelTable& kernels, const KernelTable& generic,
+                             KvDtype dtype) {
   // bfloat16 queries and weights move a row that sees few tokens by up to 2^-8 of a value of 2; on
-  // average far less.
-  const bool bf16 = std::string(kernels.name) == "avx512_bf16";
-  const float tolerance = bf16 ? 8e-3f : 2e-5f;
-  const double relative_tolerance = bf16 ? 4e-3 : 1e-5;
+  // average far less. Their 16-bit codes, over int8 pages, move it by 2^-16 of the largest.
+  const bool bf16 = dtype == KvDtype::kBF16 && std::string(kernels.name) == "avx512_bf16";
+  const bool coded = dtype == KvDtype::kI8;
+  const float tolerance = bf16 ? 8e-3f : coded ? 3e-4f : 2e-5f;
+  const double relative_tolerance = bf16 ? 4e-3 : coded ? 1e-4 : 1e-5;
   for (const Shape& s : shapes()) {
     SCOPED_TRACE(describe(s));
-    Sequence sequence(s.first + s.tokens, s.head_dim, 32, 1);
+    Sequence sequence(s.first + s.tokens, s.head_dim, 32, 1, dtype);
     sequence.write(kernels, 0, s.first + s.tokens);
     const auto q = random_floats(static_cast<size_t>(s.tokens * s.group * s.head_dim), 2);
     States mine, theirs;
@@ -164,10 +172,10 @@ inline void expect_agreement(const KernelTable& kernels, const KernelTable& gene
 }
 
 /// Rows computed one token at a time, before later tokens exist, equal those of the whole tile.
-inline void expect_row_independence(const KernelTable& kernels) {
+inline void expect_row_independence(const KernelTable& kernels, KvDtype dtype) {
   for (const Shape& s : shapes()) {
     SCOPED_TRACE(describe(s));
-    Sequence sequence(s.first + s.tokens, s.head_dim, 16, 3);
+    Sequence sequence(s.first + s.tokens, s.head_dim, 16, 3, dtype);
     sequence.write(kernels, 0, s.first);
     const auto q = random_floats(static_cast<size_t>(s.tokens * s.group * s.head_dim), 4);
     States alone, tile;
@@ -183,10 +191,10 @@ inline void expect_row_independence(const KernelTable& kernels) {
 }
 
 /// One call per split, merged by attention_finish, equals one call over all splits.
-inline void expect_split_merge(const KernelTable& kernels) {
+inline void expect_split_merge(const KernelTable& kernels, KvDtype dtype) {
   for (const int window : {0, 700}) {
     const Shape s{64, 3, 1, 1290, window, 0.f};
-    Sequence sequence(s.first + 1, s.head_dim, 64, 5);
+    Sequence sequence(s.first + 1, s.head_dim, 64, 5, dtype);
     sequence.write(kernels, 0, s.first + 1);
     const auto q = random_floats(static_cast<size_t>(s.group * s.head_dim), 6);
     States whole, parts;
@@ -194,6 +202,32 @@ inline void expect_split_merge(const KernelTable& kernels) {
     for (int split = 0; split < 3; ++split)
       attend(kernels, sequence, s, q.data(), 0, 1, split, split + 1, parts);
     expect_same_bits(finish(kernels, whole, 1, 3, 64), finish(kernels, parts, 3, 3, 64));
+  }
+}
+
+/// int8 pages hold the bytes that the generic table writes, also of rows that are tiny or not
+/// finite.
+inline void expect_same_codes(const KernelTable& kernels, const KernelTable& generic) {
+  for (const int head_dim : {16, 64, 80, 256}) {
+    Sequence mine(40, head_dim, 16, 9, KvDtype::kI8), theirs(40, head_dim, 16, 9, KvDtype::kI8);
+    for (Sequence* sequence : {&mine, &theirs}) {
+      const auto row = static_cast<size_t>(head_dim);
+      const float special[] = {0.f,
+                               -0.f,
+                               1e-42f,
+                               1e-30f,
+                               3e38f,
+                               std::nanf("7"),
+                               -std::numeric_limits<float>::infinity()};
+      for (size_t i = 0; i < std::size(special); ++i) sequence->k[3 * row * i + 5] = special[i];
+      std::fill_n(sequence->v.begin(), row, -0.f);
+      std::fill_n(sequence->v.begin() + 2 * static_cast<ptrdiff_t>(row), row, 1e-33f);
+      std::fill_n(sequence->v.begin() + 4 * static_cast<ptrdiff_t>(row), row, std::nanf(""));
+    }
+    mine.write(kernels, 0, 17);
+    mine.write(kernels, 17, 40);
+    theirs.write(generic, 0, 40);
+    EXPECT_EQ(mine.pool, theirs.pool) << head_dim;
   }
 }
 

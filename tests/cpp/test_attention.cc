@@ -16,9 +16,16 @@ class Attention : public ::testing::TestWithParam<std::string> {
   const KernelTable& table() { return kernel_table(GetParam()); }
 };
 
-TEST_P(Attention, AgreesWithGeneric) { expect_agreement(table(), kernel_table("generic")); }
-TEST_P(Attention, RowsAreBitwiseIndependent) { expect_row_independence(table()); }
-TEST_P(Attention, SplitsMergeToTheSameBits) { expect_split_merge(table()); }
+TEST_P(Attention, AgreesWithGeneric) {
+  for (const KvDtype dtype : kDtypes) expect_agreement(table(), kernel_table("generic"), dtype);
+}
+TEST_P(Attention, RowsAreBitwiseIndependent) {
+  for (const KvDtype dtype : kDtypes) expect_row_independence(table(), dtype);
+}
+TEST_P(Attention, SplitsMergeToTheSameBits) {
+  for (const KvDtype dtype : kDtypes) expect_split_merge(table(), dtype);
+}
+TEST_P(Attention, WritesTheCodesOfGeneric) { expect_same_codes(table(), kernel_table("generic")); }
 TEST_P(Attention, ElementwiseAgreesWithGeneric) {
   expect_elementwise_agreement(table(), kernel_table("generic"));
 }

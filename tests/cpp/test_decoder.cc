@@ -95,7 +95,8 @@ struct Fixture {
 
 /// Runs `lengths.size()` sequences side by side in chunks of `chunk` tokens; returns all their
 /// logits.
-std::vector<std::vector<float>> run(int threads, const std::vector<int>& lengths, int chunk) {
+std::vector<std::vector<float>> run(int threads, const std::vector<int>& lengths, int chunk,
+                                    kernels::KvDtype dtype) {
   static const Fixture fixture;
   DecoderOptions options;
   options.num_threads = threads;
@@ -103,7 +104,8 @@ std::vector<std::vector<float>> run(int threads, const std::vector<int>& lengths
   Decoder decoder(fixture.config, fixture.sources, options);
   constexpr int kBlocks = 8;  // per sequence and group
   const auto sequences = static_cast<int>(lengths.size());
-  decoder.attach_kv(std::make_shared<kv::KvStorage>(2 * kBlocks * sequences, 1, 2, 16, kBlockSize));
+  decoder.attach_kv(
+      std::make_shared<kv::KvStorage>(2 * kBlocks * sequences, 1, 2, 16, kBlockSize, dtype));
 
   std::vector<std::vector<float>> logits(lengths.size());
   std::vector<int> done(lengths.size(), 0);
@@ -153,21 +155,28 @@ bool same_bytes(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-TEST(Decoder, GivesTheSameBytesForEveryNumberOfThreadsAndChunking) {
-  const auto expected = run(1, {100}, 100)[0];
+class DecoderOver : public ::testing::TestWithParam<kernels::KvDtype> {};
+
+TEST_P(DecoderOver, GivesTheSameBytesForEveryNumberOfThreadsAndChunking) {
+  const auto expected = run(1, {100}, 100, GetParam())[0];
   EXPECT_EQ(expected.size(), size_t{100} * kVocab);
   for (const int threads : {1, 2, 3}) {
     for (const int chunk : {1, 2, 7, 64, 100}) {
-      EXPECT_TRUE(same_bytes(run(threads, {100}, chunk)[0], expected)) << threads << " " << chunk;
+      EXPECT_TRUE(same_bytes(run(threads, {100}, chunk, GetParam())[0], expected))
+          << threads << " " << chunk;
     }
   }
 }
 
-TEST(Decoder, GivesTheSameBytesInABatch) {
-  const auto alone = run(2, {100}, 100)[0];
-  const auto together = run(2, {100, 3, 77, 1}, 31);
+TEST_P(DecoderOver, GivesTheSameBytesInABatch) {
+  const auto alone = run(2, {100}, 100, GetParam())[0];
+  const auto together = run(2, {100, 3, 77, 1}, 31, GetParam());
   EXPECT_TRUE(same_bytes(together[0], alone));
 }
+
+INSTANTIATE_TEST_SUITE_P(KvDtype, DecoderOver,
+                         ::testing::Values(kernels::KvDtype::kBF16, kernels::KvDtype::kI8),
+                         [](const auto& test) { return std::string(kv::dtype_name(test.param)); });
 
 TEST(Decoder, RefusesMalformedBatchesAndStaysUsable) {
   const Fixture fixture;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <set>
+#include <string>
 
 #include "sagellm/base/error.h"
 #include "sagellm/kv/kv_storage.h"
@@ -10,15 +11,20 @@
 namespace sagellm::kv {
 namespace {
 
-TEST(KvStorage, PagesOfAllSlotsBlocksAndHeadsAreDisjointAndFillTheMemory) {
-  KvStorage storage(3, 2, 4, 8, 32);
-  std::set<uint16_t*> pages;
-  int64_t page_elements = 0;
+class KvStorageOf : public ::testing::TestWithParam<kernels::KvDtype> {};
+
+TEST_P(KvStorageOf, PagesOfAllSlotsBlocksAndHeadsAreDisjointAndFillTheMemory) {
+  KvStorage storage(3, 2, 4, 8, 32, GetParam());
+  EXPECT_EQ(storage.dtype(), GetParam());
+  std::set<uint8_t*> pages;
+  int64_t page_bytes = 0;
   for (int slot = 0; slot < 2; ++slot) {
     const kernels::KvView view = storage.view(slot);
     EXPECT_EQ(view.block_size, 32);
     EXPECT_EQ(view.head_dim, 8);
-    page_elements = view.block_size / kernels::kSubPage * 2 * kernels::kSubPage * view.head_dim;
+    EXPECT_EQ(view.dtype, GetParam());
+    EXPECT_EQ(view.sub_page_bytes, kernels::kv_sub_page_bytes(GetParam(), 8));
+    page_bytes = view.block_size / kernels::kSubPage * view.sub_page_bytes;
     for (int block = 0; block <= 3; ++block) {
       for (int head = 0; head < 4; ++head) {
         pages.insert(view.pool + block * view.block_stride + head * view.head_stride);
@@ -26,28 +32,30 @@ TEST(KvStorage, PagesOfAllSlotsBlocksAndHeadsAreDisjointAndFillTheMemory) {
     }
   }
   ASSERT_EQ(pages.size(), 2u * 4 * 4);
-  uint16_t* expected = *pages.begin();
-  for (uint16_t* page : pages) {
+  uint8_t* expected = *pages.begin();
+  for (uint8_t* page : pages) {
     EXPECT_EQ(page, expected);
     EXPECT_EQ(reinterpret_cast<uintptr_t>(page) % 64, 0u);
-    expected += page_elements;
+    expected += page_bytes;
   }
-  EXPECT_EQ(storage.bytes(), 2 * page_elements * static_cast<int64_t>(pages.size()));
+  EXPECT_EQ(storage.bytes(), page_bytes * static_cast<int64_t>(pages.size()));
   EXPECT_EQ(storage.bytes(), 4 * storage.bytes_per_block());
+  EXPECT_EQ(storage.bytes_per_block(), KvStorage::bytes_per_block(2, 4, 8, 32, GetParam()));
 }
 
-TEST(KvStorage, StartsAsZeros) {
-  KvStorage storage(5, 1, 2, 16, 16);
-  const uint16_t* first = storage.view(0).pool;
-  EXPECT_TRUE(std::all_of(first, first + storage.bytes() / 2, [](uint16_t x) { return x == 0; }));
+TEST_P(KvStorageOf, StartsAsZeros) {
+  KvStorage storage(5, 1, 2, 16, 16, GetParam());
+  const uint8_t* first = storage.view(0).pool;
+  EXPECT_TRUE(std::all_of(first, first + storage.bytes(), [](uint8_t x) { return x == 0; }));
 }
 
-TEST(KvStorage, CopiesOneBlockInAllSlotsAndNothingElse) {
-  KvStorage storage(3, 2, 2, 8, 16);
+TEST_P(KvStorageOf, CopiesOneBlockInAllSlotsAndNothingElse) {
+  KvStorage storage(3, 2, 2, 8, 16, GetParam());
+  const auto slot_bytes = storage.bytes_per_block() / 2;
   const auto fill = [&](int slot, int block) {
     const auto view = storage.view(slot);
-    std::fill_n(view.pool + block * view.block_stride, view.block_stride / 2,
-                static_cast<uint16_t>(10 * slot + block));
+    std::fill_n(view.pool + block * view.block_stride, slot_bytes,
+                static_cast<uint8_t>(10 * slot + block));
   };
   for (int slot = 0; slot < 2; ++slot) {
     for (int block = 1; block <= 3; ++block) fill(slot, block);
@@ -57,11 +65,21 @@ TEST(KvStorage, CopiesOneBlockInAllSlotsAndNothingElse) {
     const auto view = storage.view(slot);
     const int expected[] = {0, 10 * slot + 3, 10 * slot + 2, 10 * slot + 3};
     for (int block = 0; block <= 3; ++block) {
-      for (int64_t i = 0; i < view.block_stride / 2; ++i) {
+      for (int64_t i = 0; i < slot_bytes; ++i) {
         ASSERT_EQ(view.pool[block * view.block_stride + i], expected[block]);
       }
     }
   }
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtype, KvStorageOf,
+                         ::testing::Values(kernels::KvDtype::kBF16, kernels::KvDtype::kI8),
+                         [](const auto& test) { return std::string(dtype_name(test.param)); });
+
+TEST(KvStorage, NamesItsDtypes) {
+  EXPECT_EQ(dtype_from_name("bf16"), kernels::KvDtype::kBF16);
+  EXPECT_EQ(dtype_from_name("int8"), kernels::KvDtype::kI8);
+  EXPECT_THROW(dtype_from_name("fp8"), InvalidArgument);
 }
 
 TEST(KvStorage, RefusesSizesAndBlocksOutOfRange) {

@@ -220,8 +220,9 @@ TEST_P(OpsCpu, AttentionOfARaggedBatchEqualsItsTokensOneByOne) {
   p.kv = storage.view(1);
   const std::vector<float> pages = random_floats(65 * p.kv.block_stride, 2);
   for (int block = 0; block < 65; ++block)
-    table().to_bf16(pages.data(), p.kv.pool + block * p.kv.block_stride,
-                    kKvHeads * p.kv.head_stride);
+    table().to_bf16(pages.data(),
+                    reinterpret_cast<uint16_t*>(p.kv.pool + block * p.kv.block_stride),
+                    kKvHeads * p.kv.head_stride / 2);
   p.num_kv_heads = kKvHeads;
   p.num_heads = kHeads;
   p.batch = {3, starts.data(), positions.data(), tables.data(), kMaxBlocks};
@@ -268,10 +269,10 @@ TEST_P(OpsCpu, KvWriteTakesKeysAndValuesOfDifferentStrides) {
   p.v_stride = 40;
   p.kv = apart.view(0);
   kernels::cpu::kv_write(table(), p);
-  const uint16_t* a = together.view(0).pool;
-  const uint16_t* b = apart.view(0).pool;
-  EXPECT_TRUE(std::equal(a, a + together.bytes() / 2, b));
-  EXPECT_NE(std::count(a, a + together.bytes() / 2, 0), together.bytes() / 2);
+  const uint8_t* a = together.view(0).pool;
+  const uint8_t* b = apart.view(0).pool;
+  EXPECT_TRUE(std::equal(a, a + together.bytes(), b));
+  EXPECT_NE(std::count(a, a + together.bytes(), 0), together.bytes());
 }
 
 INSTANTIATE_TEST_SUITE_P(Isa, OpsCpu, ::testing::ValuesIn(kernels::available_isas()),
@@ -284,11 +285,15 @@ TEST(Ops, WeightsAndPagesThatNoKernelCanReadAreRefused) {
   EXPECT_THROW(ops::linear(weight, x, kernels::ActPrecision::kA8, x), InvalidArgument);
   weight.data = nullptr;
   EXPECT_THROW(ops::linear(weight, x, kernels::ActPrecision::kA8, x), InvalidArgument);
-  uint16_t page = 0;
+  uint8_t page = 0;
+  constexpr auto kBF16 = kernels::KvDtype::kBF16;
   const TensorView q = dense_view(memory.data(), {1, 1, 16});
   for (const kernels::KvView& view :
-       {kernels::KvView{nullptr, 512, 512, 16, 16}, kernels::KvView{&page, 512, 512, 8, 16},
-        kernels::KvView{&page, 512, 512, 16, 24}, kernels::KvView{&page, 512, 512, 16, 512}}) {
+       {kernels::KvView{nullptr, 1024, 1024, 16, 16, 1024, kBF16},
+        kernels::KvView{&page, 1024, 1024, 8, 16, 1024, kBF16},
+        kernels::KvView{&page, 1536, 1536, 16, 24, 1536, kBF16},
+        kernels::KvView{&page, 32768, 32768, 16, 512, 32768, kBF16},
+        kernels::KvView{&page, 1024, 1024, 16, 16, 1024, kernels::KvDtype::kI8}}) {
     EXPECT_THROW(ops::kv_write({view, 1, 1, Device{}}, {}, q, q), InvalidArgument);
   }
 }

@@ -167,7 +167,7 @@ async def _send_half(url: str, path: str, body: Mapping[str, Any]) -> None:
     _, writer = await asyncio.open_connection(place.hostname, place.port)
     data = json.dumps(body).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
     writer.write(head.encode() + data[: len(data) // 2])

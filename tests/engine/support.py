@@ -16,6 +16,7 @@ from sagellm.engine.llm import new_request
 from sagellm.engine.loading import mock_tokenizer
 from sagellm.engine.output import SequenceOutput
 from sagellm.engine.sampling import Sampling, derive_seed
+from sagellm.engine.speculation import Drafter
 from sagellm.protocol import Request
 
 _LABELS = itertools.count()
@@ -38,7 +39,11 @@ def make_request(prompt: str = "", **options: Any) -> Request:
 
 
 def make_engine(
-    runner: MockRunner | None = None, *, clock: Clock | None = None, **options: Any
+    runner: MockRunner | None = None,
+    *,
+    clock: Clock | None = None,
+    drafter: Drafter | None = None,
+    **options: Any,
 ) -> Engine:
     options.setdefault("block_size", 16)
     options.setdefault("kv_cache_tokens", 4096)
@@ -47,6 +52,7 @@ def make_engine(
         mock_tokenizer(),
         EngineConfig(**options),
         clock=clock or Clock(0.001),
+        drafter=drafter,
     )
 
 
@@ -109,23 +115,18 @@ def expected_tokens(
     sampling = Sampling(request, seed, len(prompt))
     tokens = list(prompt)
 
-    class Position:  # the two attributes that Sampling.row reads of a sequence
-        num_tokens = 0
-        tokens = np.zeros(0, dtype=np.int32)
-
     while len(tokens) < len(prompt) + request.max_tokens:
         n = len(tokens)
-        place = Position()
-        place.num_tokens, place.tokens = n, np.array(tokens, dtype=np.int32)
+        so_far = np.array(tokens, dtype=np.int32)
         batch = ForwardBatch(
-            token_ids=place.tokens,
+            token_ids=so_far,
             positions=np.arange(n, dtype=np.int32),
             query_starts=np.array([0, n], dtype=np.int32),
             block_tables=tables,
             block_copies=np.zeros((0, 2), dtype=np.int32),
             logit_rows=np.array([n - 1], dtype=np.int32),
         )
-        row = runner.step(batch, (sampling.row(place),)).rows[0]  # type: ignore[arg-type]
+        row = runner.step(batch, (sampling.row(so_far),)).rows[0]
         tokens.append(row.token_id)
         if row.token_id == EOS_ID and not request.sampling.ignore_eos:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from engine.support import (
 from sagellm.backends.interface import ForwardBatch, SamplingRow, StepOutput
 from sagellm.backends.mock import MockRunner
 from sagellm.engine import thread as thread_module
-from sagellm.engine.async_engine import AsyncEngine
+from sagellm.engine.async_engine import SHORT_TEXT_CHARS, AsyncEngine
 from sagellm.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
@@ -358,6 +359,28 @@ def test_a_hanging_step_shows_as_work_without_progress(monkeypatch: pytest.Monke
         assert engine.progress().seconds_since_progress == 0.0
         await engine.close()
         assert not engine.progress().has_work
+
+    asyncio.run(main())
+
+
+def test_a_short_prompt_does_not_wait_for_threads_that_encode_long_ones() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(make_engine(MockRunner()))
+        release = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            asyncio.get_running_loop().set_default_executor(pool)
+            busy = asyncio.get_running_loop().run_in_executor(None, release.wait, TIMEOUT)
+            short = await engine.start(make_request(prompt="Hi", max_tokens=2))
+            given = await engine.start(make_request(max_tokens=2), [1, 2, 3])
+            assert [o async for o in short] and [o async for o in given]
+            text = "a" * (SHORT_TEXT_CHARS + 1)
+            long = asyncio.create_task(engine.start(make_request(prompt=text, max_tokens=2)))
+            await engine.stats()
+            assert not long.done()  # it would hold up the event loop
+            release.set()
+            assert [o async for o in await long]
+            await busy
+            await engine.close()
 
     asyncio.run(main())
 

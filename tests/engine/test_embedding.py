@@ -262,6 +262,25 @@ def test_close_answers_those_who_wait(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_the_end_of_a_loop_does_not_wait_for_a_batch_that_hangs(tmp_path: Path) -> None:
+    gate, embedder = make(tmp_path)
+
+    async def run() -> None:
+        batch = asyncio.create_task(embedder.embed([[2, 9, 3]]))
+        await gate.started()
+        closing = asyncio.create_task(embedder.close())
+        while embedder.is_alive:
+            await asyncio.sleep(0)
+        batch.cancel()
+        closing.cancel()
+
+    asyncio.run(run())
+    assert embedder._thread.num_batches == 0
+    gate.let_all()
+    embedder._thread.close()
+    gate.close()
+
+
 def test_a_thread_that_dies_answers_everyone(tmp_path: Path) -> None:
     gate, embedder = make(tmp_path)
     gate.fatal = True

@@ -17,7 +17,8 @@ from sagellm.backends.mock import EOS_ID, VOCAB_SIZE, MockTokenModel
 from sagellm.engine import grammar as grammar_module
 from sagellm.engine.grammar import GrammarCompiler
 from sagellm.engine.loading import mock_tokenizer
-from sagellm.engine.output import OutputText, SequenceOutput, response_of
+from sagellm.engine.output import SequenceOutput, response_of
+from sagellm.engine.output_text import OutputText
 from sagellm.errors import InvalidArgumentError, UnsupportedError
 from sagellm.protocol import ErrorCode, Response, ResponseFormat
 from sagellm.text import Tokenizer

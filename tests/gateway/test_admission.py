@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -133,7 +134,7 @@ def stream_raw(url: str, head: str, chunks: Iterator[bytes]) -> tuple[bytes, int
     return answer, sent
 
 
-HEAD = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_a_body_over_the_limit_is_refused_by_its_length_before_it_is_sent() -> None:
@@ -171,15 +172,62 @@ def test_many_refused_bodies_leave_the_connection_usable() -> None:
         assert client.post("/v1/completions", json=PROMPT).status_code == 200
 
 
+# --------------------------------------------------------------------------- names of the server
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    (
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("app.localhost", 200),
+        ("evil.example", 421),
+        ("evil.example:8000", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost.evil.example", 421),
+    ),
+)
+def test_a_local_server_without_keys_answers_to_local_names_only(host: str, status: int) -> None:
+    with serving(mock_gateway()) as client:
+        for path in ("/v1/models", "/health", "/docs"):
+            assert client.get(path, headers={"host": host}).status_code == status
+
+
+def test_an_unknown_name_is_told_what_to_do() -> None:
+    with serving(mock_gateway()) as client:
+        error = client.get("/v1/models", headers={"host": "evil.example"}).json()["error"]
+    assert error["code"] == "unknown_host"
+    assert "--allowed-host evil.example" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    (
+        ({"allowed_hosts": ("models.example",)}, 200),
+        ({"allowed_hosts": ("*",)}, 200),
+        ({"allowed_hosts": ("other.example",)}, 421),
+        ({"allowed_hosts": ("other.example",), "host": "0.0.0.0"}, 421),
+        ({"host": "0.0.0.0"}, 200),
+        ({"api_keys": ("k",)}, 200),
+    ),
+)
+def test_the_names_of_a_server_can_be_chosen(options: dict[str, Any], status: int) -> None:
+    headers = {"host": "models.example:8000", "authorization": "Bearer k"}
+    with serving(mock_gateway(config=config(**options))) as client:
+        assert client.get("/v1/models", headers=headers).status_code == status
+
+
 # ----------------------------------------------------------------------------------- busy servers
 
 
 class Waiting:
     """Requests that hang in a stuck step, in threads of their own."""
 
-    def __init__(self, url: str, **request: object) -> None:
+    def __init__(self, url: str, body: dict[str, Any] = PROMPT, **request: object) -> None:
         self._url = url
-        self._request = request
+        self._request = {"json": body, **request}
         self._threads: list[threading.Thread] = []
         self.statuses: list[int] = []
 
@@ -189,7 +237,7 @@ class Waiting:
         self._threads.append(thread)
 
     def _post(self) -> None:
-        answer = httpx.post(f"{self._url}/v1/completions", json=PROMPT, timeout=60, **self._request)  # type: ignore[arg-type]
+        answer = httpx.post(f"{self._url}/v1/completions", timeout=60, **self._request)  # type: ignore[arg-type]
         self.statuses.append(answer.status_code)
 
     def join(self) -> list[int]:
@@ -252,6 +300,35 @@ def test_one_key_cannot_take_more_than_its_share() -> None:
         assert waiting.join() == [200, 200]
         again = httpx.get(f"{url}/v1/models", headers={"x-api-key": "greedy"})
         assert again.status_code == 200
+
+
+def test_prompts_and_completions_of_a_request_count_towards_the_share() -> None:
+    runner = BlockingRunner()
+    limits = config(api_keys=("greedy", "modest"), max_requests_per_key=5)
+    gateway = mock_gateway(runner, config=limits)
+    greedy, modest = {"x-api-key": "greedy"}, {"x-api-key": "modest"}
+    with serve_in_thread(create_server(gateway)) as url:
+        post = f"{url}/v1/completions"
+        runner.gate.clear()
+        waiting = Waiting(url, {**PROMPT, "prompt": ["a", "b"], "n": 2}, headers=greedy)
+        waiting.add()
+        wait_until(lambda: [c.num_completions for c in list(gateway.at_hand.values())] == [4])
+        refused = httpx.post(post, json={**PROMPT, "n": 2}, headers=greedy)
+        assert refused.status_code == 429
+        assert "retry-after" in refused.headers
+        assert httpx.get(f"{url}/v1/models", headers=greedy).status_code == 200  # the fifth place
+        others = Waiting(url, {**PROMPT, "n": 5}, headers=modest)
+        others.add()
+        wait_until(lambda: 5 in [c.num_completions for c in list(gateway.at_hand.values())])
+        assert httpx.get(f"{url}/v1/models", headers=modest).status_code == 429
+        runner.gate.set()
+        assert waiting.join() + others.join() == [200, 200]
+        again = httpx.post(post, json={**PROMPT, "n": 5}, headers=greedy)
+        assert again.status_code == 200  # all was given back
+        too_many = httpx.post(post, json={**PROMPT, "prompt": ["a", "b"], "n": 3}, headers=greedy)
+        assert too_many.status_code == 400
+        assert too_many.json()["error"]["param"] == "n"
+        assert_pool_is_empty(gateway)
 
 
 def test_one_of_several_keys_cannot_fill_the_queue() -> None:

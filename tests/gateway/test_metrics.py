@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +16,11 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.support import BlockingRunner, HashEmbedder, mock_gateway, serving
+from models.make_tiny import make_tiny_gguf
+from sagellm.engine.config import EngineConfig
+from sagellm.errors import InvalidArgumentError
 from sagellm.gateway.config import GatewayConfig
+from sagellm.gateway.loading import ModelOptions, open_gateway
 from sagellm.gateway.request_metrics import SECONDS, Distribution, RequestMetrics
 
 USER = [{"role": "user", "content": "hello " * 20}]
@@ -92,6 +98,21 @@ def test_requests_are_counted_and_timed() -> None:
     )
 
 
+def test_tokens_guessed_ahead_and_kept_are_counted() -> None:
+    with serving(mock_gateway(script="once more " * 5)) as client:
+        before = scrape(client)
+        chat(client, max_tokens=5)
+        assert before("vllm:spec_decode_num_draft_tokens_total") == 0
+        assert not before.labels("sagellm:spec_accept_rate")
+        answer = chat(client).json()["choices"][0]["message"]["content"]
+        metrics = scrape(client)
+    assert answer == "once more " * 5
+    drafted = metrics("vllm:spec_decode_num_draft_tokens_total", model_name="mock")
+    accepted = metrics("vllm:spec_decode_num_accepted_tokens_total", model_name="mock")
+    assert 20 < accepted <= drafted
+    assert metrics("sagellm:spec_accept_rate") == accepted / drafted
+
+
 def test_every_completion_counts_and_the_prompt_once() -> None:
     with serving(mock_gateway(script=ANSWER)) as client:
         usage = chat(client, n=3).json()["usage"]
@@ -130,6 +151,26 @@ def test_the_engine_is_read_at_the_time_of_the_scrape() -> None:
     assert metrics("sagellm:kv_cache_info", kv_dtype="int64") == 1
     resident = metrics("process_resident_memory_bytes")
     assert metrics("sagellm:peak_memory_bytes") >= resident * 0.9 > 0
+
+
+@pytest.mark.native
+def test_the_kv_dtype_that_was_asked_for_shows(tmp_path: Path) -> None:
+    path = make_tiny_gguf(tmp_path / "tiny.gguf", "llama", "Q8_0")
+    options = ModelOptions(
+        path=path,
+        name="tiny",
+        device="cpu",
+        threads=1,
+        kv_dtype="int8",
+        engine=EngineConfig(kv_cache_tokens=512),
+    )
+    with serving(open_gateway(GatewayConfig(), options)) as client:
+        metrics = scrape(client)
+    (config,) = metrics.labels("vllm:cache_config_info")
+    assert config["cache_dtype"] == "int8"
+    assert metrics("sagellm:kv_cache_info", kv_dtype="int8") == 1
+    with pytest.raises(InvalidArgumentError, match="'mock' has no option kv_dtype"):
+        open_gateway(GatewayConfig(), replace(options, device="mock"))
 
 
 def test_refusals_failures_and_http_answers_are_told_apart() -> None:

@@ -141,6 +141,46 @@ def test_unknown_fields_are_named() -> None:
     assert "prmpt" in response.json()["error"]["message"]
 
 
+EMPTY_REASONING = {"type": "reasoning", "id": "r", "summary": []}
+NO_TEXT = {"type": "message", "role": "user", "content": [{"type": "input_text"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    (
+        ("/v1/responses", {"input": ""}, "input"),
+        ("/v1/responses", {"input": []}, "input"),
+        ("/v1/responses", {"input": [EMPTY_REASONING]}, "input"),
+        ("/v1/responses", {"input": [NO_TEXT]}, "input.0.content.0.text"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": []}]},
+            "messages.0.content",
+        ),
+        ("/v1/messages", {"messages": []}, "messages"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": []}]}, "messages"),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+        ),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": []}]}, "messages"),
+    ),
+)
+def test_the_field_at_fault_is_named_as_the_client_wrote_it(
+    path: str, body: dict[str, Any], param: str
+) -> None:
+    limit = {"max_tokens": 2} if path == "/v1/messages" else {}
+    with serving(mock_gateway()) as client:
+        response = client.post(path, json={"model": "mock", **limit, **body})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    if "messages" in path:  # this shape has no place of its own for it
+        assert error["message"].startswith((f"{param}:", f"{param} ")), error
+    else:
+        assert error["param"] == param
+
+
 def test_models_are_listed_under_every_name_and_served_under_them() -> None:
     config = GatewayConfig(access_log=False, warm_up=False, served_model_name=("a/b", "alias"))
     with serving(mock_gateway(config=config, embedder=HashEmbedder())) as client:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -22,9 +23,9 @@ LIMIT_S = 60
 class Served:
     """A running server and what it has written to standard error."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, program: tuple[str, ...] = ("-m", "sagellm.cli")) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sagellm.cli", "serve", "mock", "--device", "mock", *options],
+            [sys.executable, *program, "serve", "mock", "--device", "mock", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -73,8 +74,8 @@ class Served:
 
 
 @contextmanager
-def served(*options: str) -> Iterator[Served]:
-    server = Served(*options)
+def served(*options: str, program: tuple[str, ...] = ("-m", "sagellm.cli")) -> Iterator[Served]:
+    server = Served(*options, program=program)
     try:
         yield server
     finally:
@@ -191,3 +192,42 @@ def test_keys_come_from_a_file_and_an_empty_one_is_refused(tmp_path: Path) -> No
         code, _, errors = server.end()
     assert code == 1
     assert "holds no API key" in errors
+
+
+STUCK = """
+import sys
+import threading
+from sagellm.backends.mock import MockRunner
+from sagellm.cli import main
+from sagellm.gateway import gateway
+
+class Hung(MockRunner):
+    def step(self, batch, *rest, **options):
+        if len(batch.token_ids) > 4:  # the warm-up's steps are shorter
+            print("hanging", file=sys.stderr, flush=True)
+            threading.Event().wait()
+        return super().step(batch, *rest, **options)
+
+gateway._PATIENCE_S = 0.1
+from sagellm.engine import loading
+loading.MockRunner = Hung
+main()
+"""
+
+
+def test_an_engine_that_hangs_in_a_step_does_not_keep_the_process() -> None:
+    with served("--port", "0", "--drain-timeout", "0", program=("-c", STUCK)) as server:
+        body = {"prompt": "longer than the warm-up", "max_tokens": 2}
+        parts = urlsplit(server.url)
+        with socket.create_connection((parts.hostname or "", parts.port or 0)) as peer:
+            text = json.dumps(body)
+            peer.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\n"
+                + f"Content-Length: {len(text)}\r\n\r\n{text}".encode()
+            )
+            server.wait_for("^hanging")
+            server.process.send_signal(signal.SIGTERM)
+            code, _, errors = server.end()
+    assert code == 1
+    assert "the engine hangs in step" in errors

@@ -70,6 +70,23 @@ def test_pages_are_zero_and_copied_over_all_slots() -> None:
     assert (pages[0][1] == 7).all()  # the view keeps the storage alive
 
 
+def test_int8_pages_are_bytes_with_two_scales_per_token() -> None:
+    storage = core.kv.KvStorage(3, 2, 2, 64, 32, dtype="int8")
+    assert storage.dtype == "int8"
+    assert storage.bytes_per_block == 2 * 2 * (2 * 32 * 64 + 2 * 32 * 4)
+    assert core.kv.bytes_per_block(2, 2, 64, 32, "int8") == storage.bytes_per_block
+    assert storage.bytes_per_block < 0.54 * core.kv.bytes_per_block(2, 2, 64, 32, "bf16")
+    pages = storage.pages(1)
+    assert pages.dtype == np.int8
+    assert pages.shape == (4, 2, 2 * 32 * 64 + 256)
+    pages[1] = 7
+    storage.copy_block(1, 3)
+    assert (storage.pages(1)[3] == 7).all()
+    assert not storage.pages(0).any()
+    with pytest.raises(InvalidArgumentError, match=r"fp8.*choose bf16 or int8"):
+        core.kv.KvStorage(3, 2, 2, 64, 32, dtype="fp8")
+
+
 @pytest.mark.parametrize(
     "sizes", [(0, 1, 1, 8, 16), (1, 1, 1, 8, 17), (1, 1, 1, 7, 16), (1, 1, 1, 258, 16)]
 )

@@ -63,5 +63,7 @@ def test_every_isa_agrees_with_the_reference(tmp_path: Path, isa: str) -> None:
         pytest.skip(f"this machine cannot run {isa}")
     for arch, format in (("llama", "Q4_1"), ("gemma3", "BF16")):
         path = make_tiny_gguf(tmp_path / f"{arch}.gguf", arch, format)
-        error = relative_error(logits(path, "cpu", isa=isa), logits(path, "reference"))
-        assert error < 0.04, arch
+        expected = logits(path, "reference")
+        assert relative_error(logits(path, "cpu", isa=isa), expected) < 0.04, arch
+        # Random weights make random keys and values, of which int8 loses more.
+        assert relative_error(logits(path, "cpu", isa=isa, kv_dtype="int8"), expected) < 0.06, arch

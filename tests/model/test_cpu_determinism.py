@@ -5,6 +5,7 @@ what runs beside it, on chunking, on cached prefixes, on preemption or on the nu
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,34 @@ from sagellm import LLM
 
 OUTPUT_TOKENS = 12
 CASES = (
-    ("llama", "Q4_1"),
-    ("qwen2", "Q8_0"),
-    ("gemma3", "BF16"),
-    ("gemma2", "Q5_0"),
-    ("llama", "Q4_K"),
+    ("llama", "Q4_1", "bf16"),
+    ("qwen2", "Q8_0", "bf16"),
+    ("gemma3", "BF16", "bf16"),
+    ("gemma2", "Q5_0", "bf16"),
+    ("llama", "Q4_K", "bf16"),
+    ("llama", "Q4_1", "int8"),
+    ("gemma3", "BF16", "int8"),
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model file and what its keys and values are stored as."""
+
+    path: Path
+    kv_dtype: str
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arch, format = request.param
-    return make_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", arch, format)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    arch, format, kv_dtype = request.param
+    path = make_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", arch, format)
+    return Model(path=path, kv_dtype=kv_dtype)
 
 
-def load(path: Path, **options: Any) -> LLM:
+def load(model: Model, **options: Any) -> LLM:
     options.setdefault("kv_cache_tokens", 8192)
-    return LLM(path, device="cpu", **{"threads": 2, **options})
+    return LLM(model.path, device="cpu", kv_dtype=model.kv_dtype, **{"threads": 2, **options})
 
 
 def prompts(llm: LLM, count: int) -> list[NDArray[np.int64]]:
@@ -57,7 +69,7 @@ def answers(
     return [(r.output_tokens, r.output_text) for r in responses]
 
 
-def test_logits_do_not_depend_on_chunks_or_threads(model: Path) -> None:
+def test_logits_do_not_depend_on_chunks_or_threads(model: Model) -> None:
     ids = np.random.default_rng(0).integers(0, 200, 180)
     with load(model, threads=1) as llm:
         expected = llm.logits(ids).tobytes()
@@ -72,7 +84,7 @@ def test_logits_do_not_depend_on_chunks_or_threads(model: Path) -> None:
             assert llm.logits(ids).tobytes() == expected, options
 
 
-def test_logits_do_not_depend_on_a_cached_prefix(model: Path) -> None:
+def test_logits_do_not_depend_on_a_cached_prefix(model: Model) -> None:
     ids = np.random.default_rng(0).integers(0, 200, 180)
     with load(model) as llm:
         cold = llm.logits(ids[:100]).tobytes()
@@ -86,7 +98,7 @@ def test_logits_do_not_depend_on_a_cached_prefix(model: Path) -> None:
 
 
 @pytest.mark.parametrize("size", (8, 32))
-def test_answers_do_not_depend_on_the_batch(model: Path, size: int) -> None:
+def test_answers_do_not_depend_on_the_batch(model: Model, size: int) -> None:
     with load(model) as llm:
         batch = prompts(llm, size)
         alone = [answers(llm, [prompt])[0] for prompt in batch[:8]]
@@ -96,7 +108,7 @@ def test_answers_do_not_depend_on_the_batch(model: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", (1, 7, 64))
-def test_answers_do_not_depend_on_chunks(model: Path, chunk: int) -> None:
+def test_answers_do_not_depend_on_chunks(model: Model, chunk: int) -> None:
     with load(model, enable_prefix_caching=False) as llm:
         batch = prompts(llm, 6)
         expected = answers(llm, batch)
@@ -104,7 +116,7 @@ def test_answers_do_not_depend_on_chunks(model: Path, chunk: int) -> None:
         assert answers(llm, batch) == expected
 
 
-def test_answers_do_not_depend_on_preemption(model: Path) -> None:
+def test_answers_do_not_depend_on_preemption(model: Model) -> None:
     with load(model) as llm:  # short prompts all fit; their long outputs do not
         batch = [prompt[:20] for prompt in prompts(llm, 12)]
         expected = answers(llm, batch, max_tokens=90)
@@ -113,7 +125,7 @@ def test_answers_do_not_depend_on_preemption(model: Path) -> None:
         assert llm.stats().num_preemptions > 0
 
 
-def test_answers_repeat_with_a_warm_prefix(model: Path) -> None:
+def test_answers_repeat_with_a_warm_prefix(model: Model) -> None:
     with load(model) as llm:
         batch = prompts(llm, 6)
         cold = answers(llm, batch)

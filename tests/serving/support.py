@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,10 @@ def running(server: Server, **options: Any) -> Iterator[Running]:
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        if not handler.started.wait(TIMEOUT_S):
-            raise RuntimeError(f"the server did not start: {failures}")
+        limit = time.monotonic() + TIMEOUT_S
+        while not handler.started.wait(0.02):
+            if not thread.is_alive() or time.monotonic() > limit:
+                raise RuntimeError(f"the server did not start: {failures}")
         yield Running(handler)
     finally:
         handler.stop()

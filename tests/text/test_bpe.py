@@ -277,3 +277,59 @@ def test_special_tokens_of_the_vocabulary_are_all_control() -> None:
         assert token_id is not None
         assert tokenizer.encode(token, False, parse_special=True) == [token_id]
         assert token_id not in tokenizer.encode(token, False)
+
+
+def library_oracle(source: TokenizerSource) -> LibraryTokenizer:
+    """The vocabulary on the tables of the ``tokenizers`` library."""
+    rule = PRE_TOKENIZERS[source.pre]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in source.merges)]
+    vocabulary = {token: token_id for token_id, token in enumerate(source.tokens)}
+    oracle = LibraryTokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole_words)
+    )
+    oracle.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    oracle.add_special_tokens(SPECIALS)
+    return oracle
+
+
+@pytest.mark.parametrize(
+    "pre", sorted(name for name, rule in PRE_TOKENIZERS.items() if not rule.nfc)
+)
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(
+        st.one_of(st.text(max_size=8), st.sampled_from([*SPECIALS, *CORPUS, "tokens", "\u0338"])),
+        max_size=12,
+    )
+)
+def test_every_rule_encodes_as_the_library(pre: str, parts: list[str]) -> None:
+    source, text = bpe_source(pre=pre), "".join(parts)
+    tokenizer, oracle = load_tokenizer(source), library_oracle(source)
+    assert tokenizer.encode(text, False, parse_special=True) == oracle.encode(text).ids
+    oracle.encode_special_tokens = True
+    assert tokenizer.encode(text, False) == oracle.encode(text).ids
+
+
+def test_a_byte_that_is_no_token_is_left_out_as_by_the_library() -> None:
+    whole = bpe_source(pre="smollm")
+    source = bpe_source(
+        pre="smollm",
+        tokens=[token for token in whole.tokens if "q" not in token],
+        merges=[merge for merge in whole.merges if "q" not in merge],
+        token_types=(),
+    )
+    text = "a quick quote"
+    expected = library_oracle(source).encode(text).ids
+    assert load_tokenizer(source).encode(text, add_special=False) == expected
+
+
+def test_a_token_twice_is_corrupt() -> None:
+    source = bpe_source(pre="smollm")
+    tokens = [*source.tokens[:-1], source.tokens[-2]]
+    with pytest.raises(CorruptFileError, match="twice"):
+        load_tokenizer(bpe_source(pre="smollm", tokens=tokens, merges=["a n"]))

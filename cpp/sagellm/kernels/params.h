@@ -17,9 +17,8 @@ namespace sagellm::kernels {
 //
 //   kF32   [k][16] float           kF16  [k][16] half          kBF16 [ceil(k/2)][16][2] bfloat16
 //   quantized: units of 32 k. Nibble byte [j*64 + r*4 + i], j = 0..3: low nibble is (row r, k =
-//   4j+i), high nibble is (row r, k = 16+4j+i). High-bit mask j (8 little-endian uint64): bit r*4+i
-//   belongs to (row r, k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with
-//   each format.
+//   4j+i), high nibble is (row r, k = 16+4j+i). High-bit byte [r*4 + i]: bit j is bit 4 of (row r,
+//   k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with each format.
 //
 //   kQ4_0  nib[256] d[16]h                              d*(q-8)                        288 bytes
 //   kQ4_1  nib[256] d[16]h m[16]h                       d*q+m                          320
@@ -128,26 +127,43 @@ struct QuantizeParams {
 
 // ------------------------------------------------------------------------------------------------
 // Paged KV: block_size is a multiple of 16. For one layer, block b and kv head h, the page is at
-// pool + b*block_stride + h*head_stride (in uint16 elements) and holds block_size/16 sub-pages,
-// each
-//   K [head_dim/2][16 tokens][2] bf16, then V [8 token pairs][head_dim][2] bf16   (2*16*head_dim
-//   elements).
+// pool + b*block_stride + h*head_stride (bytes) and holds block_size/16 sub-pages of 16 tokens:
+//
+//   kBF16  K [head_dim/2][16 tokens][2] bfloat16, V [8 token pairs][head_dim][2] bfloat16
+//   kI8    K [head_dim/2][16 tokens][2] int8, V [8 token pairs][head_dim][2] int8,
+//          k_scale [16] float, v_scale [16] float; a value is code * scale of its token
+//
+// kI8 codes of a token's K, and likewise of its V: with a = the largest magnitude, scale = a / 127
+// and code = x * (127 / a) rounded to nearest even. a < kMinCodedMagnitude gives scale 0 and codes
+// 0; a value that is not finite gives scale NaN and codes 0. All of it depends on that token alone.
 // ------------------------------------------------------------------------------------------------
+enum class KvDtype : uint8_t { kBF16, kI8 };
+
 inline constexpr int kSubPage = 16;          // tokens per sub-page
 inline constexpr int kAttentionTile = 64;    // tokens per softmax tile, on the absolute grid
 inline constexpr int kAttentionSplit = 512;  // tokens per split, on the absolute grid
 inline constexpr int kMaxHeadDim = 256;
+inline constexpr float kMinCodedMagnitude = 0x1p-100f;  // 1 / it, times a code, is a finite float
+
+/// Bytes of one sub-page: a multiple of 64 when head_dim is even.
+constexpr int64_t kv_sub_page_bytes(KvDtype dtype, int64_t head_dim) {
+  const int64_t values = 2 * kSubPage * head_dim;
+  return dtype == KvDtype::kBF16 ? 2 * values : values + 2 * kSubPage * int64_t{sizeof(float)};
+}
 
 struct KvView {
-  uint16_t* pool = nullptr;  // first element of the layer
-  int64_t block_stride = 0;
-  int64_t head_stride = 0;
+  uint8_t* pool = nullptr;   // first byte of the layer
+  int64_t block_stride = 0;  // bytes
+  int64_t head_stride = 0;   // bytes
   int32_t block_size = 0;
   int32_t head_dim = 0;
+  int32_t sub_page_bytes = 0;  // kv_sub_page_bytes(dtype, head_dim)
+  KvDtype dtype = KvDtype::kBF16;
 };
 
-/// Writes k and v rows of one kv head for consecutive positions. Writing an even position also
-/// clears the V slot of its odd partner, so that a pair never shows bytes of an earlier owner.
+/// Writes k and v rows of one kv head for consecutive positions. In bfloat16 pages, writing an even
+/// position also clears the V slot of its odd partner, so that a pair never shows bytes of an
+/// earlier owner.
 struct KvWriteParams {
   KvView kv;
   int32_t kv_head = 0;

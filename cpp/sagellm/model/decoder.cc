@@ -62,6 +62,7 @@ Decoder::Decoder(ModelConfig config, const TensorSources& sources, const Decoder
       // head.
       queue_(9 * config_.num_layers() + 4 +
              2 * static_cast<int>(ceil_div(options.max_batch_tokens, kHeadRows))),
+      phase_timer_(options.num_threads),
       rows_(std::max<int64_t>(options.max_batch_tokens, int64_t{kSmallStep} * options.num_threads)),
       hidden_stride_(round_up(config_.hidden_size, kernels::kRowBlock)),
       qkv_stride_(int64_t{config_.num_heads + 2 * config_.num_kv_heads} * config_.head_dim),
@@ -147,6 +148,7 @@ void Decoder::prepare(const ForwardBatch& batch) {
 
 void Decoder::step(const ForwardBatch& batch, std::span<const sample::RowParams> sampling,
                    const StepOutputs& outputs) {
+  phase_timer_.begin_step();
   validate(batch);
   require<InvalidArgument>(sampling.empty() || sampling.size() == batch.logit_rows.size(),
                            "sampling has ", sampling.size(), " entries for ",
@@ -156,11 +158,14 @@ void Decoder::step(const ForwardBatch& batch, std::span<const sample::RowParams>
   prepare(batch);
   StepState step{batch, sampling, outputs, batch.num_tokens() <= kSmallStep};
   head_plan_.build(config_.vocab_size, sampling, outputs.logits != nullptr);
+  phase_timer_.lap(0, Phase::kPrepare);
   pool_.run([&](int thread) { run_step(step, thread); });
+  phase_timer_.end_step();
 }
 
 void Decoder::run_step(StepState& step, int thread) {
   int phase = 0;
+  phase_timer_.lap(thread, Phase::kWait);
   embed(step, thread, phase);
   for (int layer = 0; layer < config_.num_layers(); ++layer) {
     attention_block(step, layer, thread, phase);
@@ -170,31 +175,28 @@ void Decoder::run_step(StepState& step, int thread) {
 }
 
 template <typename Body>
-void Decoder::for_tokens(const StepState& step, int thread, int64_t count, int& phase,
+void Decoder::for_tokens(const StepState& step, Phase kind, int thread, int64_t count, int& phase,
                          const Body& body) {
   if (step.small) {
     for (int64_t t = 0; t < count; ++t) body(t);
+    phase_timer_.lap(thread, kind);
     return;
   }
-  const int64_t grain = std::clamp<int64_t>(count / (4 * pool_.size()), 1, 16);
-  queue_.for_each(phase++, thread, pool_.size(), count, grain, [&](int64_t begin, int64_t end) {
+  for_units({count, 16}, kind, thread, phase, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(t);
   });
-  pool_.barrier();
 }
 
 template <typename Body>
-void Decoder::for_units(const Units& units, int thread, int& phase, const Body& body) {
-  queue_.for_each(phase++, thread, pool_.size(), units.total, units.grain, body);
+void Decoder::for_units(const Units& units, Phase kind, int thread, int& phase, const Body& body) {
+  queue_.for_each(phase++, thread, pool_.size(), units.total, units.max_chunk, body);
+  phase_timer_.lap(thread, kind);
   pool_.barrier();
+  phase_timer_.lap(thread, Phase::kWait);
 }
 
-Decoder::Units Decoder::units(int64_t total, int64_t max_grain) const {
-  return {total, std::clamp<int64_t>(total / (4 * pool_.size()), 1, max_grain)};
-}
-
-Decoder::Units Decoder::units(const quant::PackedMatrix& matrix) const {
-  return units(matrix.num_row_blocks(), 256);
+Decoder::Units Decoder::units(const quant::PackedMatrix& matrix) {
+  return {matrix.num_row_blocks(), 256};
 }
 
 ActKinds Decoder::kinds(std::initializer_list<const quant::PackedMatrix*> matrices) const {
@@ -264,7 +266,8 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
   if (step.small) {
     for (int64_t t = 0; t < step.num_tokens(); ++t) embed_token(t);
   }
-  for_units(units(step.num_tokens(), 16), thread, phase, [&](int64_t begin, int64_t end) {
+  const Units tokens{step.num_tokens(), 16};
+  for_units(tokens, Phase::kEmbed, thread, phase, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (!step.small) embed_token(t);
       float* cos = floats(cos_);
@@ -356,7 +359,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
   float* scratch = floats(norm_scratch_) + thread * hidden_stride_;
 
   const ActKinds qkv_kinds = kinds({&w.q, &w.k, &w.v});
-  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, Phase::kNormEncode, thread, step.num_tokens(), phase, [&](int64_t t) {
     float* x = floats(residual_) + (base + t) * hidden;
     if (layer > 0) {
       add_projection(x, floats(projection_) + t * hidden_stride_,
@@ -366,7 +369,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
     hidden_in_.encode(table_, qkv_kinds, base + t, base + t + 1);
   });
   const kernels::Activations qkv_x = hidden_in_.view(base);
-  for_units(units(config_.num_kv_heads + config_.num_heads, 1), thread, phase,
+  for_units({config_.num_kv_heads + config_.num_heads, 1}, Phase::kQkv, thread, phase,
             [&](int64_t begin, int64_t end) {
               for (int64_t unit = begin; unit < end; ++unit) qkv_unit(step, layer, unit, qkv_x);
             });
@@ -374,7 +377,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
   const AttentionPlan& plan =
       plans_[static_cast<size_t>(plan_of_layer_[static_cast<size_t>(layer)])];
   const int64_t num_units = static_cast<int64_t>(plan.items.size()) * config_.num_kv_heads;
-  for_units(units(num_units, 4), thread, phase, [&](int64_t begin, int64_t end) {
+  for_units({num_units, 4}, Phase::kAttention, thread, phase, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
       const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
@@ -406,7 +409,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
   });
 
   const ActKinds out_kinds = kinds({&w.o});
-  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, Phase::kMerge, thread, step.num_tokens(), phase, [&](int64_t t) {
     const AttentionTile& tile =
         plan.tiles[static_cast<size_t>(plan.tile_of_token[static_cast<size_t>(t)])];
     for (int64_t head = 0; head < config_.num_kv_heads; ++head) {
@@ -426,7 +429,7 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
     attention_in_.encode(table_, out_kinds, base + t, base + t + 1);
   });
   const kernels::Activations out_x = attention_in_.view(base);
-  for_units(units(w.o), thread, phase, [&](int64_t begin, int64_t end) {
+  for_units(units(w.o), Phase::kOutput, thread, phase, [&](int64_t begin, int64_t end) {
     matmul(w.o, begin, end, out_x, step.num_tokens(), floats(projection_), hidden_stride_);
   });
 }
@@ -438,7 +441,7 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
   float* scratch = floats(norm_scratch_) + thread * hidden_stride_;
 
   const ActKinds in_kinds = kinds({&w.gate, &w.up});
-  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, Phase::kNormEncode, thread, step.num_tokens(), phase, [&](int64_t t) {
     float* x = floats(residual_) + (base + t) * hidden;
     add_projection(x, floats(projection_) + t * hidden_stride_, w.attn_post_norm, scratch);
     table_.rms_norm(x, w.ffn_norm.data(), config_.norm_eps, hidden, hidden_in_.row(base + t));
@@ -447,7 +450,7 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
   const kernels::Activations in_x = hidden_in_.view(base);
   const auto activate =
       config_.activation == Activation::kSilu ? table_.silu_mul : table_.gelu_tanh_mul;
-  for_units(units(w.gate), thread, phase, [&](int64_t begin, int64_t end) {
+  for_units(units(w.gate), Phase::kGateUp, thread, phase, [&](int64_t begin, int64_t end) {
     matmul(w.gate, begin, end, in_x, step.num_tokens(), floats(gate_), ffn_stride_);
     matmul(w.up, begin, end, in_x, step.num_tokens(), floats(up_), ffn_stride_);
     const int64_t first = begin * kernels::kRowBlock;
@@ -459,12 +462,12 @@ void Decoder::feed_forward(StepState& step, int layer, int thread, int& phase) {
   });
 
   const ActKinds down_kinds = kinds({&w.down});
-  for_tokens(step, thread, step.num_tokens(), phase, [&](int64_t t) {
+  for_tokens(step, Phase::kNormEncode, thread, step.num_tokens(), phase, [&](int64_t t) {
     std::copy_n(floats(gate_) + t * ffn_stride_, config_.intermediate_size, ffn_in_.row(base + t));
     ffn_in_.encode(table_, down_kinds, base + t, base + t + 1);
   });
   const kernels::Activations down_x = ffn_in_.view(base);
-  for_units(units(w.down), thread, phase, [&](int64_t begin, int64_t end) {
+  for_units(units(w.down), Phase::kDown, thread, phase, [&](int64_t begin, int64_t end) {
     matmul(w.down, begin, end, down_x, step.num_tokens(), floats(projection_), hidden_stride_);
   });
 }
@@ -475,7 +478,7 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
   const int64_t rows = step.batch.num_logit_rows();
   const quant::PackedMatrix& head = weights_.head();
   const ActKinds head_kinds = kinds({&head});
-  for_tokens(step, thread, rows, phase, [&](int64_t r) {
+  for_tokens(step, Phase::kNormEncode, thread, rows, phase, [&](int64_t r) {
     const int64_t t = step.batch.logit_rows[static_cast<size_t>(r)];
     float* x = floats(residual_) + (base + t) * hidden;
     add_projection(x, floats(projection_) + t * hidden_stride_,
@@ -490,16 +493,16 @@ void Decoder::output_head(StepState& step, int thread, int& phase) {
     hidden_in_.encode(table_, head_kinds, base + r, base + r + 1);
   });
   if (step.sampling.empty() && step.outputs.logits == nullptr) return;
-  const Units blocks = units(head_plan_.num_blocks(), 256);
+  const Units blocks{head_plan_.num_blocks(), 256};
   for (int64_t first = 0; first < rows; first += kHeadRows) {
     const int64_t count = std::min<int64_t>(kHeadRows, rows - first);
     const kernels::Activations x = hidden_in_.view(base + first);
-    for_units(blocks, thread, phase, [&](int64_t begin, int64_t end) {
+    for_units(blocks, Phase::kHead, thread, phase, [&](int64_t begin, int64_t end) {
       head_plan_.for_runs(begin, end, [&](int64_t run_begin, int64_t run_end) {
         matmul(head, run_begin, run_end, x, count, floats(logits_), vocab_stride_);
       });
     });
-    for_units(units(count, 1), thread, phase, [&](int64_t begin, int64_t end) {
+    for_units({count, 1}, Phase::kSample, thread, phase, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         choose(step, first + i, floats(logits_) + i * vocab_stride_,
                sample_scratch_[static_cast<size_t>(thread)]);

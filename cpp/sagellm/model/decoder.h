@@ -27,6 +27,7 @@
 #include "sagellm/model/config.h"
 #include "sagellm/model/forward_batch.h"
 #include "sagellm/model/head_plan.h"
+#include "sagellm/model/phase_timer.h"
 #include "sagellm/model/weights.h"
 #include "sagellm/runtime/thread_pool.h"
 #include "sagellm/sample/sampler.h"
@@ -71,12 +72,14 @@ class Decoder {
   size_t workspace_bytes() const;
   /// Row blocks of the output head that the last step computed.
   int64_t last_head_blocks() const { return head_plan_.num_blocks(); }
+  /// Off at first; to be enabled and read between steps.
+  PhaseTimer& phase_timer() { return phase_timer_; }
 
  private:
   struct StepState;  // what the phases of one step share
-  struct Units {     // work of a phase, handed out `grain` at a time
+  struct Units {     // work of a phase, handed out at most `max_chunk` at a time
     int64_t total;
-    int64_t grain;
+    int64_t max_chunk;
   };
 
   void validate(const ForwardBatch& batch) const;
@@ -89,14 +92,14 @@ class Decoder {
   void choose(StepState& step, int64_t row, float* logits, sample::Scratch& scratch);
 
   /// Calls body(token) for the tokens this thread must prepare: all of them (private copies) in a
-  /// small step, its share otherwise, followed by a barrier.
+  /// small step, its share otherwise, followed by a barrier. The time is `kind`'s.
   template <typename Body>
-  void for_tokens(const StepState& step, int thread, int64_t count, int& phase, const Body& body);
+  void for_tokens(const StepState& step, Phase kind, int thread, int64_t count, int& phase,
+                  const Body& body);
   /// Shares the units of a phase among the threads, then meets them at a barrier.
   template <typename Body>
-  void for_units(const Units& units, int thread, int& phase, const Body& body);
-  Units units(int64_t total, int64_t max_grain) const;
-  Units units(const quant::PackedMatrix& matrix) const;
+  void for_units(const Units& units, Phase kind, int thread, int& phase, const Body& body);
+  static Units units(const quant::PackedMatrix& matrix);
 
   void qkv_unit(StepState& step, int layer, int64_t unit, const kernels::Activations& x);
   void finish_projection(const quant::PackedMatrix& matrix, const float* bias, const float* norm,
@@ -116,6 +119,7 @@ class Decoder {
   runtime::ThreadPool pool_;
   Weights weights_;
   runtime::WorkQueue queue_;
+  PhaseTimer phase_timer_;
   std::shared_ptr<kv::KvStorage> kv_;
 
   // Workspace. Arrays of `rows_` rows have a private copy of the first rows per thread in a small

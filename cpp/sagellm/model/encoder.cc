@@ -387,8 +387,7 @@ void Encoder::add_and_norm(const Norm& norm, int64_t num_tokens, int thread, int
 void Encoder::attend(const EncoderBatch& batch, int thread, int& phase) {
   const int64_t heads = config_.num_heads;
   const int64_t total = batch.num_sequences() * heads;
-  const int64_t grain = std::clamp<int64_t>(total / (8 * pool_.size()), 1, heads);
-  queue_.for_each(phase++, thread, pool_.size(), total, grain, [&](int64_t begin, int64_t end) {
+  queue_.for_each(phase++, thread, pool_.size(), total, heads, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const auto s = static_cast<size_t>(unit / heads);
       const int64_t first = batch.query_starts[s];

@@ -47,6 +47,10 @@ void match_pages(Matcher& match, const KvPages& pages) {
       kv.head_dim > 0 && kv.head_dim % 16 == 0 && kv.head_dim <= kernels::kMaxHeadDim,
       match.operation(), ": head_dim of the KV pages is ", kv.head_dim,
       ", must be a multiple of 16 up to ", kernels::kMaxHeadDim);
+  require<InvalidArgument>(kv.sub_page_bytes == kernels::kv_sub_page_bytes(kv.dtype, kv.head_dim),
+                           match.operation(), ": sub_page_bytes of the KV pages is ",
+                           kv.sub_page_bytes, ", must be ",
+                           kernels::kv_sub_page_bytes(kv.dtype, kv.head_dim));
   match.bind("kv_heads", pages.num_kv_heads, "the KV pages");
   match.bind("head_dim", kv.head_dim, "the KV pages");
 }

@@ -44,8 +44,8 @@ inline uint16_t load16(const void* p) {
 inline void store32(uint8_t* p, uint32_t v) { std::memcpy(p, &v, 4); }
 inline void store16(uint8_t* p, uint16_t v) { std::memcpy(p, &v, 2); }
 
-/// Bit 0 of each byte, gathered to bits 0..3.
-inline uint32_t gather_bits(uint32_t bytes) { return ((bytes & 0x01010101u) * 0x10204080u) >> 28; }
+/// Bits 0..3, each in bit 0 of a byte of its own.
+inline uint32_t spread_bits(uint32_t bits) { return (bits * 0x00204081u) & 0x01010101u; }
 
 // ---- plain formats ------------------------------------------------------------------------------
 
@@ -84,12 +84,12 @@ uint8_t* put_block_nibbles(const Rows& rows, int64_t b, uint8_t* out) {
 
 template <typename Block>
 uint8_t* put_block_high(const Rows& rows, int64_t b, uint8_t* out) {
-  uint64_t mask[kUnitDwords] = {};
   for (int r = 0; r < kRows; ++r) {
-    const uint64_t qh = block_of<Block>(rows, r, b).qh;
-    for (int j = 0; j < kUnitDwords; ++j) mask[j] |= ((qh >> (4 * j)) & 15) << (4 * r);
+    const uint32_t qh = block_of<Block>(rows, r, b).qh;
+    uint32_t bits = 0;
+    for (int j = 0; j < kUnitDwords; ++j) bits |= spread_bits((qh >> (4 * j)) & 15) << j;
+    store32(out + 4 * r, bits);
   }
-  std::memcpy(out, mask, sizeof mask);
   return out + kHighBytes;
 }
 
@@ -201,20 +201,16 @@ template <typename Block, bool kHigh>
 void pack_scaled_min(const Rows& rows, int64_t k, uint8_t* out) {
   for (int64_t b = 0; b < k / kSuperblock; ++b) {
     for (int u = 0; u < kUnits; ++u) {
-      uint64_t mask[kUnitDwords] = {};
       for (int r = 0; r < kRows; ++r) {
         const Codes q = unit_codes(block_of<Block>(rows, r, b), u);
         put_nibbles(q, r, out);
         if constexpr (kHigh) {
-          for (size_t j = 0; j < kUnitDwords; ++j)
-            mask[j] |= uint64_t{gather_bits(q[j] >> 4)} << (4 * r);
+          uint32_t bits = 0;
+          for (size_t j = 0; j < kUnitDwords; ++j) bits |= ((q[j] >> 4) & 0x01010101u) << j;
+          store32(out + kNibbleBytes + 4 * r, bits);
         }
       }
-      out += kNibbleBytes;
-      if constexpr (kHigh) {
-        std::memcpy(out, mask, sizeof mask);
-        out += kHighBytes;
-      }
+      out += kNibbleBytes + (kHigh ? kHighBytes : 0);
     }
     for (int r = 0; r < kRows; ++r) {
       const Block& block = block_of<Block>(rows, r, b);
@@ -310,10 +306,9 @@ void get_nibbles(const uint8_t* nib, int r, uint8_t q[kBlock]) {
 
 /// Adds bit 4 of each code.
 void get_high(const uint8_t* high, int r, uint8_t q[kBlock]) {
-  uint64_t mask[kUnitDwords];
-  std::memcpy(mask, high, sizeof mask);
   for (int l = 0; l < kBlock; ++l) {
-    q[l] = static_cast<uint8_t>(q[l] | (((mask[l / 4] >> (4 * r + l % 4)) & 1) << 4));
+    const int bit = (high[4 * r + l % 4] >> (l / 4)) & 1;
+    q[l] = static_cast<uint8_t>(q[l] | (bit << 4));
   }
 }
 

@@ -23,13 +23,16 @@ inline void pause() {
 #endif
 }
 
-/// Waits until `value` differs from `old`; returns the new value.
-uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
+/// Waits until `value` differs from `old`; returns the new value. Counts the sleep, if it comes to
+/// one.
+uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old,
+                         std::atomic<uint64_t>& num_sleeps) {
   for (int i = 0; i < kSpins; ++i) {
     const uint32_t now = value.load(std::memory_order_acquire);
     if (now != old) return now;
     pause();
   }
+  num_sleeps.fetch_add(1, std::memory_order_relaxed);
   value.wait(old, std::memory_order_acquire);
   return value.load(std::memory_order_acquire);
 }
@@ -44,7 +47,7 @@ void Barrier::arrive_and_wait() {
     generation_.store(generation + 1, std::memory_order_release);
     generation_.notify_all();
   } else {
-    wait_for_change(generation_, generation);
+    wait_for_change(generation_, generation, num_sleeps_);
   }
 }
 
@@ -84,7 +87,7 @@ void ThreadPool::run_erased(Erased task, void* context) {
 void ThreadPool::worker(int thread) {
   uint32_t epoch = 0;
   for (;;) {
-    epoch = wait_for_change(epoch_, epoch);
+    epoch = wait_for_change(epoch_, epoch, num_sleeps_);
     if (stopping_.load(std::memory_order_relaxed)) return;
     task_(context_, thread);
     barrier();

@@ -21,8 +21,12 @@ class Barrier {
   /// Returns when all threads have arrived; what they wrote before is visible after.
   void arrive_and_wait();
 
+  /// How often a thread gave up polling and slept until the others came.
+  uint64_t num_sleeps() const { return num_sleeps_.load(std::memory_order_relaxed); }
+
  private:
   const int num_threads_;
+  std::atomic<uint64_t> num_sleeps_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
 };
@@ -51,6 +55,12 @@ class ThreadPool {
   /// Meets all threads of the running task.
   void barrier() { barrier_.arrive_and_wait(); }
 
+  /// How often one of the threads slept, at a barrier or between two runs: a thread that waits
+  /// long leaves its core to others.
+  uint64_t num_sleeps() const {
+    return barrier_.num_sleeps() + num_sleeps_.load(std::memory_order_relaxed);
+  }
+
  private:
   using Erased = void (*)(void*, int);
   void run_erased(Erased task, void* context);
@@ -58,6 +68,7 @@ class ThreadPool {
 
   const int num_threads_;
   Barrier barrier_;
+  std::atomic<uint64_t> num_sleeps_{0};
   Erased task_ = nullptr;
   void* context_ = nullptr;
   alignas(64) std::atomic<uint32_t> epoch_{0};
@@ -76,15 +87,30 @@ class WorkQueue {
     for (Counter& counter : next_) counter.value.store(0, std::memory_order_relaxed);
   }
 
-  /// Shares [0, total) of phase `phase` in chunks of `grain`: thread t begins with chunk t, the
-  /// rest goes to whoever asks. Calls body(begin, end) for each chunk of this thread.
+  /// Shares [0, total) of phase `phase` and calls body(begin, end) for each chunk of this thread.
+  /// Chunks are half of what is left, divided among the threads, and at most `max_chunk`: long ones
+  /// first, because they cost little, then ever shorter ones, so that all threads end together
+  /// (factoring: Hummel, Schonberg and Flynn, 1992). Thread t begins with chunk t, the rest goes to
+  /// whoever asks. All callers of a phase pass the same sizes.
   template <typename Body>
-  void for_each(int phase, int thread, int num_threads, int64_t total, int64_t grain, Body&& body) {
+  void for_each(int phase, int thread, int num_threads, int64_t total, int64_t max_chunk,
+                Body&& body) {
     std::atomic<int64_t>& next = next_[static_cast<size_t>(phase)].value;
-    int64_t begin = thread * grain;
-    while (begin < total) {
-      body(begin, begin + grain < total ? begin + grain : total);
-      begin = num_threads * grain + next.fetch_add(grain, std::memory_order_relaxed);
+    int64_t index = thread;  // of the chunk, among those of its length from `first` on
+    int64_t first = 0;
+    int64_t seen = 0;  // chunks before `first`
+    while (first < total) {
+      const int64_t half = (total - first + 2 * num_threads - 1) / (2 * num_threads);
+      const int64_t chunk = half < max_chunk ? half : max_chunk;
+      if (index - seen >= num_threads) {
+        first += num_threads * chunk;
+        seen += num_threads;
+        continue;
+      }
+      const int64_t begin = first + (index - seen) * chunk;
+      if (begin >= total) return;
+      body(begin, begin + chunk < total ? begin + chunk : total);
+      index = num_threads + next.fetch_add(1, std::memory_order_relaxed);
     }
   }
 

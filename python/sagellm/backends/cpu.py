@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
     from sagellm.kv.interface import KvCache, KvGroup
 
 Precision = Literal["a8", "a15"]
+KvDtype = Literal["auto", "bf16", "int8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimes:
+    """Time inside the native step.
+
+    Attributes:
+        steps: How many.
+        seconds: Wall time of all of them.
+        threads: Per thread, phase to seconds; ``wait`` is for the other threads. They add up to
+            ``seconds``.
+    """
+
+    steps: int
+    seconds: float
+    threads: list[dict[str, float]]
 
 
 def available_threads() -> int:
@@ -40,6 +58,8 @@ class CpuRunner:
             values); ``a15`` with
             15-bit ones, closer to float32 at about half the prefill speed.
         isa: Forces an instruction-set path; None takes the best (or ``SAGELLM_CPU_ISA``).
+        kv_dtype: What keys and values are stored as: ``bf16`` (also ``auto``), or ``int8``, codes
+            with one scale per token and head in about half of the memory.
 
     Raises:
         DeviceUnavailableError: This install has no native core.
@@ -54,7 +74,10 @@ class CpuRunner:
         max_batch_tokens: int = 512,
         precision: Precision = "a8",
         isa: str | None = None,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
+        if kv_dtype not in ("auto", "bf16", "int8"):
+            raise InvalidArgumentError(f"kv_dtype is {kv_dtype!r}; choose 'auto', 'bf16' or 'int8'")
         if precision not in ("a8", "a15"):
             raise InvalidArgumentError(f"precision is {precision!r}; choose 'a8' or 'a15'")
         if threads is not None and not isinstance(threads, int):
@@ -74,6 +97,7 @@ class CpuRunner:
             isa=isa or "",
         )
         self._precision = precision
+        self._kv_dtype = "bf16" if kv_dtype == "auto" else kv_dtype
         self._kv_bytes = 0
 
     @property
@@ -122,13 +146,20 @@ class CpuRunner:
 
     @property
     def kv_dtype(self) -> str:
-        """``bf16``."""
-        return "bf16"
+        """``bf16`` or ``int8``."""
+        return self._kv_dtype
 
     def kv_bytes_per_block(self, block_size: int) -> int:
-        """Bytes of one KV block of ``block_size`` tokens (bf16)."""
-        slots = max(len(group.layers) for group in self._groups)
-        return 4 * block_size * slots * self._config.num_kv_heads * self._config.head_dim
+        """Bytes of one KV block of ``block_size`` tokens, scales included."""
+        return int(
+            self._core.kv.bytes_per_block(
+                num_slots=max(len(group.layers) for group in self._groups),
+                num_kv_heads=self._config.num_kv_heads,
+                head_dim=self._config.head_dim,
+                block_size=block_size,
+                dtype=self._kv_dtype,
+            )
+        )
 
     def allocate_kv(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
@@ -140,6 +171,7 @@ class CpuRunner:
             num_slots=max(len(group.layers) for group in self._groups),
             num_kv_heads=self._config.num_kv_heads,
             head_dim=self._config.head_dim,
+            dtype=self._kv_dtype,
         )
         self._decoder.attach_kv(storage)
         self._kv_bytes = int(storage.bytes)
@@ -172,6 +204,14 @@ class CpuRunner:
             return_hidden,
         )
         return StepOutput(rows=tuple(sampled_rows(rows)), logits=logits, hidden=hidden)
+
+    def time_phases(self, enabled: bool) -> None:
+        """Starts timing the phases of steps from zero, or stops. Not while a step runs."""
+        self._decoder.time_phases(enabled)
+
+    def phase_times(self) -> PhaseTimes:
+        """Where the steps since ``time_phases(True)`` spent their time."""
+        return PhaseTimes(**self._decoder.phase_times())
 
     def close(self) -> None:
         """Frees weights and KV pages; the runner is unusable afterwards."""

@@ -131,10 +131,10 @@ class ModelRunner(Protocol):
 
     @property
     def kv_dtype(self) -> str:
-        """What keys and values are stored as, such as ``bf16`` or ``float32``."""
+        """What keys and values are stored as, such as ``bf16``, ``int8`` or ``float32``."""
 
     def kv_bytes_per_block(self, block_size: int) -> int:
-        """Bytes of one KV block of ``block_size`` tokens."""
+        """Bytes of one KV block of ``block_size`` tokens, all that it stores included."""
 
     def allocate_kv(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sagellm.bench import kernels as kernel_bench
 from sagellm.bench import kv as kv_bench
 from sagellm.bench import offline as offline_bench
-from sagellm.bench import report
+from sagellm.bench import peers_command, report
+from sagellm.bench.compare.command import compare
+from sagellm.bench.kernels_command import kernels
+from sagellm.bench.profile import profiled
 from sagellm.bench.serve_command import serve
-from sagellm.errors import InvalidArgumentError
-from sagellm.native import load_core
+from sagellm.bench.step_commands import busy, host, phases, shape
+from sagellm.engine.config import parse_speculation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,15 +45,19 @@ def bench(context: typer.Context, profile: Profile = None) -> None:
     \b
     Examples:
       sagellm bench offline --model smollm2
-      sagellm bench kernels --formats Q4_1,BF16 --tokens 1,32
+      sagellm bench kernels --only matmul --formats Q4_1,BF16 --tokens 1,32
+      sagellm bench phases --model smollm2
+      sagellm bench host --model smollm2
+      sagellm bench busy --model smollm2
       sagellm bench kv --json
       sagellm bench serve --serve smollm2 --concurrency 1,8,32
+      sagellm bench compare --quick
       sagellm bench --profile out.prof      a profile of `offline`
     """  # noqa: D301
     if context.invoked_subcommand is None:
         offline(profile=profile)
     elif profile is not None:
-        context.with_resource(_profiled(profile))
+        context.with_resource(profiled(profile))
 
 
 @app.command()
@@ -67,7 +71,12 @@ def offline(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Measured runs; medians are reported.")] = 5,
     precision: Annotated[str | None, typer.Option(help="a8 or a15.  [default: a8]")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="bf16 or int8.  [default: bf16]")] = None,
     device: Annotated[str, typer.Option(help="As for `sagellm run`.")] = "auto",
+    speculate: Annotated[
+        str,
+        typer.Option(help="auto, off or N, as for `sagellm run`; random prompts repeat soon."),
+    ] = "off",
     plot: Plot = None,
     profile: Profile = None,
     as_json: Json = False,
@@ -94,7 +103,7 @@ def offline(
     """  # noqa: D301
     if plot is not None:
         report.check_plot(plot)
-    with _profiled(profile):
+    with profiled(profile):
         result = offline_bench.run(
             model,
             prompt_tokens=prompt_tokens,
@@ -103,48 +112,13 @@ def offline(
             threads=threads,
             repeat=repeat,
             precision=precision,
+            kv_dtype=kv_dtype,
             device=device,
+            speculation=parse_speculation(speculate),
         )
     offline_bench.show(result, as_json=as_json)
     if plot is not None:
         offline_bench.plot(result, plot)
-
-
-@app.command()
-def kernels(
-    rows: Annotated[int, typer.Option(min=1, help="Output rows of the matrix.")] = 4096,
-    columns: Annotated[int, typer.Option(min=32, help="Columns, a multiple of 32.")] = 1536,
-    tokens: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32,256",
-    formats: Annotated[str, typer.Option(help="Weight formats, comma-separated.")] = ",".join(
-        kernel_bench.FORMATS
-    ),
-    precision: Annotated[str, typer.Option(help="a8 or a15.")] = "a8",
-    repeat: Annotated[int, typer.Option(min=1, help="Runs whose mean is taken.")] = 20,
-    plot: Plot = None,
-    profile: Profile = None,
-    as_json: Json = False,
-) -> None:
-    """Matrix multiplications alone, on one thread.
-
-    \b
-    Examples:
-      python -m sagellm.bench kernels
-      python -m sagellm.bench kernels --formats Q4_1,Q8_0 --tokens 1,64 --plot kernels.png
-    """  # noqa: D301
-    if plot is not None:
-        report.check_plot(plot)
-    with _profiled(profile):
-        results = kernel_bench.run(
-            rows=rows,
-            columns=columns,
-            tokens=_batch_sizes(tokens),
-            formats=tuple(name.strip().upper() for name in formats.split(",")),
-            precision=precision,
-            repeat=repeat,
-        )
-    kernel_bench.show(results, as_json=as_json)
-    if plot is not None:
-        kernel_bench.plot(results, plot)
 
 
 @app.command()
@@ -161,29 +135,11 @@ def kv(
     kv_bench.show(kv_bench.run(num_blocks=blocks), as_json=as_json)
 
 
+app.command("kernels")(kernels)
+app.command("phases")(phases)
+app.command("host")(host)
+app.command("busy")(busy)
+app.command("shape")(shape)
 app.command("serve")(serve)
-
-
-def _batch_sizes(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 1 << 20 for part in parts):
-        raise InvalidArgumentError(f"--tokens is {text!r}; give numbers of tokens, such as 1,8,32")
-    return tuple(map(int, parts))
-
-
-@contextmanager
-def _profiled(path: Path | None) -> Iterator[None]:
-    if path is None:
-        yield
-        return
-    profiler = load_core().profiler
-    if not profiler.available:
-        raise InvalidArgumentError(
-            "this build has no profiler; install gperftools (libgoogle-perftools-dev) and "
-            "reinstall with SAGE_ENABLE_GPERFTOOLS=1"
-        )
-    profiler.start(str(path))
-    try:
-        yield
-    finally:
-        profiler.stop()
+app.command("compare")(compare)
+app.add_typer(peers_command.app, name="peers")

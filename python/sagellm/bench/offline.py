@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sagellm.bench import report
 from sagellm.checkpoint.store import resolve_model
-from sagellm.engine.config import EngineConfig
+from sagellm.engine.config import EngineConfig, Speculation
 from sagellm.engine.engine import Engine
 from sagellm.engine.llm import new_request
 from sagellm.engine.loading import load_engine
@@ -49,6 +49,8 @@ class OfflineResult:
         probe_gbps: Read bandwidth over as many bytes as the weights, in the same minute; None
             without the native core.
         probe_percent: decode_gbps as a share of probe_gbps.
+        spec_accept_rate: Share of the drafted tokens that were accepted; None if there were none.
+            ``decode_gbps`` counts the bytes of steps of one token and means little then.
         logits_hash: SHA-256 (16 hex digits) of the float32 logits of a fixed prompt: equal hashes,
             equal bytes.
         decode_runs, probe_runs: What the medians are of.
@@ -58,6 +60,7 @@ class OfflineResult:
     device: str
     isa: str
     precision: str
+    kv_dtype: str
     threads: int
     streams: int
     prompt_tokens: int
@@ -75,6 +78,7 @@ class OfflineResult:
     probe_gbps: float | None
     probe_percent: float | None
     logits_hash: str
+    spec_accept_rate: float | None
     decode_runs: tuple[float, ...]
     probe_runs: tuple[float, ...]
 
@@ -88,7 +92,9 @@ def run(
     threads: int | None,
     repeat: int,
     precision: str | None,
+    kv_dtype: str | None,
     device: str,
+    speculation: Speculation = "off",
 ) -> OfflineResult:
     """Loads the model, downloading it first if need be, and measures it.
 
@@ -106,9 +112,12 @@ def run(
         max_num_seqs=streams,
         max_batch_tokens=max(512, streams),
         kv_cache_tokens=streams * (length + 64),
+        speculation=speculation,
     )
     try:
-        engine = load_engine(model, config, device=device, threads=threads, precision=precision)
+        engine = load_engine(
+            model, config, device=device, threads=threads, precision=precision, kv_dtype=kv_dtype
+        )
     except ResourceExhaustedError as error:
         raise ResourceExhaustedError(
             f"{error}; that is for {streams} streams of {length} tokens, so lower --streams, "
@@ -213,6 +222,7 @@ class _Bench:
             device=runner.device,
             isa=str(getattr(runner, "isa", "")),
             precision=str(getattr(runner, "precision", "float32")),
+            kv_dtype=runner.kv_dtype,
             threads=self.threads,
             streams=self.streams,
             prompt_tokens=self.prompt_tokens,
@@ -230,15 +240,18 @@ class _Bench:
             probe_gbps=probe,
             probe_percent=100 * rate / probe if rate is not None and probe else None,
             logits_hash=logits_hash,
+            spec_accept_rate=self.engine.stats().spec_accept_rate,
             decode_runs=tuple(self.decode),
             probe_runs=tuple(self.probes),
         )
 
     def _kv_bytes_read(self) -> float:
         """KV bytes that one decode step of one stream reads, at the mean context of the run."""
-        config = self.engine.runner.config
+        runner, size = self.engine.runner, self.engine.config.block_size
+        config = runner.config
         context = self.prompt_tokens + self.output_tokens / 2
-        per_token = 4 * config.num_kv_heads * config.head_dim  # K and V, bf16
+        slots = max(len(group.layers) for group in runner.kv_groups)
+        per_token = runner.kv_bytes_per_block(size) / (size * slots)  # of one layer
         return float(
             sum(
                 per_token * (min(context, window) if window else context)

@@ -12,9 +12,11 @@ import typer
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     MaxTokens,
     Model,
     Precision,
+    Speculate,
     Threads,
     open_llm,
     request_for,
@@ -33,7 +35,9 @@ def chat(
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
+    speculate: Speculate = "auto",
 ) -> None:
     """Talk with a model.
 
@@ -46,7 +50,13 @@ def chat(
       sagellm chat smollm2 --temperature 0 < questions.txt
     """  # noqa: D301
     with open_llm(
-        model, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb
+        model,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        kv_cache_gb=kv_cache_gb,
+        speculate=speculate,
     ) as llm:
         if not llm.has_chat_template:
             raise InvalidArgumentError(

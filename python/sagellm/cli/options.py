@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sagellm.checkpoint.store import resolve_model
+from sagellm.engine.config import parse_speculation
 from sagellm.engine.llm import LLM, new_request
 from sagellm.errors import InvalidArgumentError
 from sagellm.terminal import pull_progress
@@ -41,9 +43,26 @@ Precision = Annotated[
         "[default: a8]",
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        help="KV cache on the CPU: bf16, or int8 in about half of the memory.  [default: bf16]",
+    ),
+]
 KvCacheGb = Annotated[
     float | None,
     typer.Option("--kv-cache-gb", help="Memory for the KV cache, in GiB.  [default: what fits]"),
+]
+
+Speculate = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        metavar="auto|off|N",
+        help="Guess tokens ahead from earlier text, which changes no output: auto where it pays, "
+        "or up to N at a time.",
+    ),
 ]
 
 
@@ -53,14 +72,27 @@ def open_llm(
     device: str,
     threads: int | None,
     precision: str | None,
+    kv_dtype: str | None,
     kv_cache_gb: float | None,
+    speculate: str = "auto",
 ) -> LLM:
     """Loads a model, and downloads it first if it is known but absent."""
+    speculation = parse_speculation(speculate)
     path: str | Path = model
     if device != "mock":  # it has no files
         with pull_progress(model) as progress:
             path = resolve_model(model, auto_pull=True, progress=progress)
-    return LLM(path, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb)
+    llm = LLM(
+        path,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        kv_cache_gb=kv_cache_gb,
+        speculation=speculation,
+    )
+    gc.freeze()  # vocabularies live to the end: no pass of the collector needs to see them
+    return llm
 
 
 def request_for(

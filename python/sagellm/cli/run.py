@@ -11,9 +11,11 @@ import typer
 from sagellm.cli.options import (
     Device,
     KvCacheGb,
+    KvDtype,
     MaxTokens,
     Model,
     Precision,
+    Speculate,
     Threads,
     open_llm,
     request_for,
@@ -52,7 +54,9 @@ def run(
     threads: Threads = None,
     device: Device = "auto",
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
+    speculate: Speculate = "auto",
 ) -> None:
     """Answer one prompt, printing the text as it is made.
 
@@ -76,7 +80,13 @@ def run(
         raise InvalidArgumentError("the prompt is empty; give -p TEXT, or -p - for standard input")
     is_greedy = greedy or temperature == 0
     with open_llm(
-        model, device=device, threads=threads, precision=precision, kv_cache_gb=kv_cache_gb
+        model,
+        device=device,
+        threads=threads,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        kv_cache_gb=kv_cache_gb,
+        speculate=speculate,
     ) as llm:
         request = request_for(
             llm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -10,9 +11,17 @@ import time
 from pathlib import Path
 
 from sagellm.checkpoint.store import resolve_model
-from sagellm.cli.options import Device, KvCacheGb, Precision, Threads
+from sagellm.cli.options import (
+    Device,
+    KvCacheGb,
+    KvDtype,
+    Precision,
+    Speculate,
+    Threads,
+)
 from sagellm.cli.serve_options import (
     HELP,
+    AllowedHost,
     ApiKey,
     ApiKeyFile,
     ChatTemplateFile,
@@ -38,7 +47,7 @@ from sagellm.cli.serve_options import (
     StallTimeout,
     ToolCallFormat,
 )
-from sagellm.engine.config import EngineConfig
+from sagellm.engine.config import EngineConfig, parse_speculation
 from sagellm.engine.memory import GIB
 from sagellm.errors import InvalidArgumentError
 from sagellm.gateway.app import create_server
@@ -69,7 +78,9 @@ def serve(
     device: Device = "auto",
     threads: Threads = None,
     precision: Precision = None,
+    kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
+    speculate: Speculate = "auto",
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
     max_queue: MaxQueue = 1024,
@@ -79,6 +90,7 @@ def serve(
     drain_notice: DrainNotice = 0.0,
     stall_timeout: StallTimeout = 60.0,
     cors_origin: CorsOrigin = None,
+    allowed_host: AllowedHost = None,
     metrics_public: MetricsPublic = False,
     otlp_endpoint: OtlpEndpoint = None,
     no_access_log: NoAccessLog = False,
@@ -92,6 +104,7 @@ def serve(
         api_keys=api_keys_of(api_key or [], api_key_file),
         served_model_name=tuple(served_model_name or ()),
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         request_timeout_s=request_timeout or None,
         drain_timeout_s=drain_timeout,
         drain_notice_s=drain_notice,
@@ -110,10 +123,9 @@ def serve(
         max_model_len=max_model_len,
         max_queue=max_queue,
         kv_cache_bytes=_bytes_of(kv_cache_gb),
+        speculation=parse_speculation(speculate),
     )
-    template = None if chat_template is None else read_template(chat_template)
-    log.configure(force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    _configure_log()
     begun = time.perf_counter()
     gateway = open_gateway(
         config,
@@ -125,8 +137,9 @@ def serve(
             device=device,
             threads=threads,
             precision=precision,
+            kv_dtype=kv_dtype,
             engine=engine,
-            chat_template=template,
+            chat_template=None if chat_template is None else read_template(chat_template),
         ),
     )
     _run(gateway, begun)
@@ -202,8 +215,14 @@ def _name_of(model: str) -> str:
     return Path(model).stem if Path(model).exists() else model
 
 
+def _configure_log() -> None:
+    log.configure(force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
 def _run(gateway: Gateway, begun: float) -> None:
     config = gateway.config
+    gc.freeze()  # vocabularies and modules stay: full passes of the collector need not see them
     # After each native step the engine's thread needs the GIL back while the event loop is busy:
     # the default of 5 ms is as long as a step of a small model.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -103,8 +103,8 @@ MaxRequestsPerKey = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Requests at hand of one API key (or address), else 429.  [default: with several "
-        "keys half of --max-num-seqs and --max-queue, else any]",
+        help="Requests at hand of one API key (or address), else 429; each completion of one "
+        "counts.  [default: with several keys half of --max-num-seqs and --max-queue, else any]",
     ),
 ]
 RequestTimeout = Annotated[
@@ -123,6 +123,13 @@ StallTimeout = Annotated[
 CorsOrigin = Annotated[
     list[str] | None,
     typer.Option(help="Origin whose pages may call this server; repeat; * is every one."),
+]
+AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name that clients may call this server by (Host header); repeat; * is any.  "
+        "[default: localhost and --host on a loopback address without API keys, else any]"
+    ),
 ]
 MetricsPublic = Annotated[bool, typer.Option("--metrics-public", help="/metrics needs no API key.")]
 OtlpEndpoint = Annotated[

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from sagellm.engine.daemon import run_in_daemon
 from sagellm.engine.output import delta_of, end_of
 from sagellm.engine.thread import EngineProgress, EngineThread
 from sagellm.protocol import StreamEventDelta, StreamEventEnd, StreamEventStart
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from sagellm.protocol import Request
 
 T = TypeVar("T")
+
+SHORT_TEXT_CHARS = 1024
+"""A text of this length is encoded in less time than another thread takes to hand it back."""
+_SHORT_PROMPT_TOKENS = 8192  # checked in well under a millisecond
 
 
 class OutputStream:
@@ -180,10 +185,13 @@ class AsyncEngine:
         """
         self._thread.require_open()
         loop = asyncio.get_running_loop()
-        executor = None if request.sampling.response_format is None else self._compiler
-        state = await loop.run_in_executor(
-            executor, self._engine.prepare, request, prompt_token_ids
-        )
+        if _is_quick(request, prompt_token_ids):
+            state = self._engine.prepare(request, prompt_token_ids)
+        else:
+            executor = None if request.sampling.response_format is None else self._compiler
+            state = await loop.run_in_executor(
+                executor, self._engine.prepare, request, prompt_token_ids
+            )
         mailbox = self._mailboxes.get(loop)
         if mailbox is None:
             self._mailboxes = {
@@ -244,7 +252,19 @@ class AsyncEngine:
         Returns:
             How many requests were cut short.
         """
-        cut = await asyncio.to_thread(self._thread.close, drain_timeout)
+        cut = await run_in_daemon(lambda: self._thread.close(drain_timeout), "sagellm-close")
         self._compiler.shutdown(wait=False)
         self._engine.close()
         return cut
+
+
+def _is_quick(request: Request, prompt_token_ids: Iterable[int] | None) -> bool:
+    """Whether preparing a request may hold up the event loop: its time has a small bound.
+
+    Templates and grammars run code of their authors, so they never are.
+    """
+    if request.sampling.response_format is not None:
+        return False
+    if prompt_token_ids is not None:
+        return isinstance(prompt_token_ids, Sized) and len(prompt_token_ids) <= _SHORT_PROMPT_TOKENS
+    return request.messages is None and len(request.prompt) <= SHORT_TEXT_CHARS

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from sagellm.errors import InvalidArgumentError
+
+Speculation: TypeAlias = "Literal['auto', 'off'] | int"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,8 @@ class EngineConfig:
         max_model_len: Longest sequence (prompt and output, tokens). None is the model's own limit.
         max_queue: Requests that may wait; beyond it a request is answered ``resource_exhausted``.
         seed: Seed of requests that bring none; the n-th request draws from (seed, n).
+        speculation: Whether tokens are guessed ahead, which changes no output: ``auto`` where it
+            pays, ``off``, or that many wherever there is something to guess from.
     """
 
     max_num_seqs: int = 64
@@ -36,6 +41,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_queue: int = 1024
     seed: int = 0
+    speculation: Speculation = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "block_size", "max_queue"):
@@ -54,6 +60,8 @@ class EngineConfig:
             )
         if self.kv_cache_bytes is not None and self.kv_cache_tokens is not None:
             raise InvalidArgumentError("give kv_cache_bytes or kv_cache_tokens, not both")
+        if self.speculation not in ("auto", "off"):
+            _require_positive("speculation, if neither 'auto' nor 'off',", self.speculation)
 
     @property
     def chunk_tokens(self) -> int:
@@ -61,6 +69,23 @@ class EngineConfig:
         if self.max_chunk_tokens is None:
             return self.max_batch_tokens
         return min(self.max_chunk_tokens, self.max_batch_tokens)
+
+
+def parse_speculation(text: str) -> Speculation:
+    """Reads the ``--speculate`` of a command line.
+
+    Raises:
+        InvalidArgumentError: It is neither auto, off nor a number of at least 1.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return "off"
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise InvalidArgumentError(
+            f"--speculate is {text!r}; give auto, off, or a number of tokens of at least 1"
+        )
+    return int(text)
 
 
 def _require_positive(name: str, value: object) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sagellm.backends.encoder import create_encoder
 from sagellm.checkpoint.encoder import is_encoder, open_encoder
 from sagellm.checkpoint.store import resolve_model
+from sagellm.engine.daemon import run_in_daemon
 from sagellm.engine.encoder_thread import EncoderThread
 from sagellm.engine.validation import check_token_ids
 from sagellm.errors import (
@@ -192,7 +193,7 @@ class EncoderEmbedder:
 
     async def close(self) -> None:
         """See ``Embedder``."""
-        await asyncio.to_thread(self._thread.close)
+        await run_in_daemon(self._thread.close, "sagellm-close")
         self._runner.close()
 
     def _check_prompts(

@@ -11,35 +11,22 @@ answered once.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sagellm.engine.config import EngineConfig
-from sagellm.engine.grammar import GrammarCompiler
+from sagellm.engine.input_processor import InputProcessor
 from sagellm.engine.memory import peak_memory_mb, resolve_kv_plan
-from sagellm.engine.output import Finished, OutputText, SequenceOutput, measure, stages
+from sagellm.engine.output import Finished, SequenceOutput, measure, output_of, scored, stages
 from sagellm.engine.positions import Wanted, read_positions
-from sagellm.engine.request import (
-    Failure,
-    PromptScores,
-    RequestState,
-    Sequence,
-    Status,
-    salt_of,
-)
-from sagellm.engine.sampling import Sampling, derive_seed, mix
+from sagellm.engine.request import Failure, RequestState, Sequence, Status
 from sagellm.engine.scheduler import Scheduler
+from sagellm.engine.speculation import create_drafter
 from sagellm.engine.step import StepPlan, build_batch
-from sagellm.engine.validation import Capacity, check_token_ids, validate_request
-from sagellm.errors import (
-    InvalidArgumentError,
-    QueueFullError,
-    UnsupportedError,
-)
-from sagellm.protocol import ErrorCode
+from sagellm.engine.validation import Capacity, check_token_ids
+from sagellm.errors import InvalidArgumentError, QueueFullError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -48,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sagellm.backends.interface import ModelRunner, SampledRow, StepOutput
-    from sagellm.engine.grammar import SequenceGrammar
+    from sagellm.engine.speculation import Drafter
     from sagellm.kv.interface import KvStats
     from sagellm.protocol import FinishReason, Request
     from sagellm.text import ChatTemplate, Tokenizer
@@ -65,7 +52,16 @@ class EngineStats:
     num_steps: int
     num_preemptions: int
     num_failed_steps: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     kv: KvStats
+
+    @property
+    def spec_accept_rate(self) -> float | None:
+        """Share of the drafted tokens that were accepted; None if there were none."""
+        if self.num_draft_tokens == 0:
+            return None
+        return self.num_accepted_tokens / self.num_draft_tokens
 
 
 def monotonic_unix_clock() -> Callable[[], float]:
@@ -91,6 +87,7 @@ class Engine:
         *,
         chat_template: ChatTemplate | None = None,
         clock: Callable[[], float] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """Allocates the KV pool.
 
@@ -100,6 +97,7 @@ class Engine:
             config: Knobs; None takes the defaults.
             chat_template: For requests with ``messages``.
             clock: Unix seconds, never going back.
+            drafter: Guesses tokens ahead; None takes what ``config.speculation`` says.
 
         Raises:
             ResourceExhaustedError: The KV pool does not fit in memory.
@@ -122,16 +120,20 @@ class Engine:
             num_blocks=plan.num_blocks,
             chunk_tokens=self.config.chunk_tokens,
         )
-        self._grammars = GrammarCompiler(tokenizer, self.capacity.vocab_size)
+        self._inputs = InputProcessor(tokenizer, self.capacity, self.config.seed)
         self.num_steps = 0
         self._num_failed_steps = 0
         self._is_closed = False
         self._bytes_per_block = plan.bytes_per_block
         self._clock = clock or monotonic_unix_clock()
-        self._scheduler = Scheduler(self.kv, runner.kv_groups, plan.num_blocks, self.config)
+        self._scheduler = Scheduler(
+            self.kv,
+            runner.kv_groups,
+            plan.num_blocks,
+            self.config,
+            drafter or create_drafter(self.config),
+        )
         self._states: dict[int, RequestState] = {}
-        self._keys = itertools.count()
-        self._sequence_ids = itertools.count()
 
     # ---------------------------------------------------------------------- coming and going
 
@@ -166,61 +168,7 @@ class Engine:
         queued_at = self._clock()
         if prompt_token_ids is None:
             prompt_token_ids = self.encode_prompt(request)
-        prompt = check_token_ids(prompt_token_ids, self.capacity.vocab_size)
-        length = validate_request(request, len(prompt), self.capacity)
-        form = request.sampling.response_format
-        grammar = None if form is None else self._grammars.compile(form)
-        key = next(self._keys)
-        state = RequestState(
-            key=key,
-            request=request,
-            salt=salt_of(request.cache_salt),
-            queued_at=queued_at,
-        )
-        if request.deadline_ms is not None:
-            state.deadline = queued_at + request.deadline_ms / 1000.0
-        state.sequences = tuple(
-            self._new_sequence(state, index, prompt, length, grammar)
-            for index in range(request.sampling.n)
-        )
-        first = state.sequences[0]
-        first.children = state.sequences[1:]
-        state.num_unfinished = len(state.sequences)
-        if request.sampling.prompt_logprobs is not None:
-            state.scores = first.scores = PromptScores(
-                num_logprobs=request.sampling.prompt_logprobs, prompt_length=len(prompt)
-            )
-        return state
-
-    def _new_sequence(
-        self,
-        state: RequestState,
-        index: int,
-        prompt: NDArray[np.int32],
-        max_length: int,
-        grammar: SequenceGrammar | None,
-    ) -> Sequence:
-        request, text = state.request, OutputText(state.request, self.tokenizer)
-        seed = request.sampling.seed
-        if seed is None:
-            seed = mix(mix(self.config.seed) + state.key)
-        return Sequence(
-            sequence_id=next(self._sequence_ids),
-            state=state,
-            index=index,
-            order=(request.priority, state.key, index),
-            prompt=prompt,
-            max_length=max_length,
-            sampling=Sampling(
-                request,
-                derive_seed(seed, index),
-                len(prompt),
-                vocab_size=self.capacity.vocab_size,
-                end_ids=text.stop_ids,
-                grammar=None if grammar is None else grammar.copy(),
-            ),
-            text=text,
-        )
+        return self._inputs.process(request, prompt_token_ids, queued_at)
 
     def add(self, state: RequestState, *, has_place: bool = False) -> int:
         """Queues a prepared request and returns its key.
@@ -285,6 +233,8 @@ class Engine:
             num_steps=self.num_steps,
             num_preemptions=self._scheduler.num_preemptions,
             num_failed_steps=self._num_failed_steps,
+            num_draft_tokens=self._scheduler.num_drafted,
+            num_accepted_tokens=self._scheduler.num_accepted,
             kv=self.kv.stats(),
         )
 
@@ -316,8 +266,8 @@ class Engine:
 
     def _execute(
         self, plan: StepPlan, outputs: list[SequenceOutput]
-    ) -> list[tuple[Sequence, SampledRow]]:
-        """Runs a plan; after an exception, each of its sequences alone."""
+    ) -> list[tuple[Sequence, list[SampledRow]]]:
+        """Runs a plan; after an exception, each of its sequences alone, without guesses."""
         copies = self.kv.take_copies()
         try:
             output = self._run(plan, copies)
@@ -328,7 +278,7 @@ class Engine:
             )
         else:
             return self._scheduler.commit(plan, output)
-        sampled: list[tuple[Sequence, SampledRow]] = []
+        sampled: list[tuple[Sequence, list[SampledRow]]] = []
         for index, sequence in enumerate(plan.sequences):
             if sequence.status is not Status.RUNNING:
                 continue  # another completion of its request failed
@@ -351,23 +301,23 @@ class Engine:
         return output
 
     def _accept_all(
-        self, sampled: list[tuple[Sequence, SampledRow]], outputs: list[SequenceOutput]
+        self, sampled: list[tuple[Sequence, list[SampledRow]]], outputs: list[SequenceOutput]
     ) -> None:
         now = self._clock()
-        for sequence, row in sampled:
+        for sequence, rows in sampled:
             if sequence.status is not Status.RUNNING:
                 continue  # another completion of its request failed
-            if row.error is not None:
-                self._fail(sequence.state, _bad_row(sequence, row.error), outputs)
+            if rows[0].error is not None:
+                self._fail(sequence.state, sequence.failure_of(rows[0].error), outputs)
                 continue
             try:
-                reason = _accept(sequence, row, now)
+                reason = sequence.accept(rows, now)
                 if reason is not None:
                     self._finish(sequence, reason, None, outputs)
                 elif sequence.state.request.stream:
                     text = sequence.text.take()
                     if text:
-                        outputs.append(_output(sequence, text))
+                        outputs.append(output_of(sequence, text))
             except InvalidArgumentError as error:  # such as a grammar that outgrows its limits
                 logger.warning("request %d cannot go on: %s", sequence.state.key, error)
                 self._fail(sequence.state, Failure.from_exception(error), outputs)
@@ -414,9 +364,9 @@ class Engine:
             ),
             timestamps=stages(sequence),
             matched_stop=None if failure is not None else sequence.matched_stop,
-            prompt_logprobs=_scored(sequence.state),
+            prompt_logprobs=scored(sequence.state),
         )
-        outputs.append(_output(sequence, sequence.text.take(), finished))
+        outputs.append(output_of(sequence, sequence.text.take(), finished))
 
     def _fail(self, state: RequestState, failure: Failure, outputs: list[SequenceOutput]) -> None:
         """Answers every unfinished sequence of a request with an error."""
@@ -476,82 +426,12 @@ class Engine:
             raise InvalidArgumentError(
                 f"{len(tokens)} tokens are more than max_model_len ({self.capacity.max_model_len})"
             )
-        chunk = self.config.chunk_tokens
-        return read_positions(self.runner, self.kv, next(self._sequence_ids), tokens, chunk, wanted)
+        sequence_id, chunk = self._inputs.next_sequence_id(), self.config.chunk_tokens
+        return read_positions(self.runner, self.kv, sequence_id, tokens, chunk, wanted)
 
 
 def queue_full(max_queue: int) -> QueueFullError:
     """The error of a queue that takes no more."""
     return QueueFullError(
         f"{max_queue} requests are waiting already; try again later, or raise max_queue"
-    )
-
-
-def _accept(sequence: Sequence, row: SampledRow, now: float) -> FinishReason | None:
-    """Adds a sampled token to its sequence; returns why the sequence ends, if it does."""
-    token_id = row.token_id
-    sequence.append(token_id)
-    sequence.last_token_at = now
-    if sequence.first_token_at is None:
-        sequence.first_token_at = now
-    if row.logprob is not None:
-        sequence.logprobs.append(row)
-    text = sequence.text
-    if token_id in text.stop_ids:
-        text.finish()
-        return "stop"
-    grammar = sequence.sampling.grammar
-    is_complete = grammar is not None and grammar.accept(token_id)
-    if text.push(token_id):
-        return "stop"
-    if is_complete:
-        text.finish()
-        return "stop"
-    if sequence.num_tokens >= sequence.max_length:
-        return "stop" if text.finish() else "length"
-    return None
-
-
-def _output(sequence: Sequence, text: str, finished: Finished | None = None) -> SequenceOutput:
-    sent = sequence.num_sent_tokens
-    sequence.num_sent_tokens = len(sequence.output_tokens)
-    scores, prompt_logprobs = sequence.state.scores, None
-    if scores is not None and not scores.is_sent:
-        scores.is_sent = True
-        prompt_logprobs = _scored(sequence.state)
-    return SequenceOutput(
-        key=sequence.state.key,
-        request=sequence.state.request,
-        index=sequence.index,
-        text=text,
-        token_ids=sequence.output_tokens[sent:],
-        logprobs=sequence.logprobs[sent:],
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        num_cached_tokens=sequence.num_cached,
-        finished=finished,
-        request_finished=finished is not None and sequence.state.num_unfinished == 0,
-        prompt_logprobs=prompt_logprobs,
-    )
-
-
-def _scored(state: RequestState) -> list[SampledRow | None] | None:
-    """The prompt's log-probabilities, if they were asked for and are all there."""
-    return state.scores.rows if state.scores is not None and state.scores.is_complete else None
-
-
-def _bad_row(sequence: Sequence, error: str) -> Failure:
-    grammar = sequence.sampling.grammar
-    if grammar is not None and grammar.error is not None:
-        return Failure(
-            code=ErrorCode.INVALID_ARGUMENT,
-            message=f"the response_format cannot be followed: {grammar.error}",
-            retryable=False,
-        )
-    return Failure(
-        code=ErrorCode.UNAVAILABLE,
-        message=(
-            f"no token could be chosen: {error}; check the model file, or try another precision or "
-            "other sampling parameters"
-        ),
-        retryable=False,
     )

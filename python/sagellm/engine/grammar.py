@@ -16,7 +16,6 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import llguidance
 import numpy as np
 
 from sagellm.errors import (
@@ -27,7 +26,9 @@ from sagellm.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
+    import llguidance
     from numpy.typing import NDArray
 
     from sagellm.protocol import ResponseFormat
@@ -45,9 +46,16 @@ _MESSAGE_CHARS = 600
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
+def _library() -> ModuleType:
+    """The compiler and matcher of grammars, loaded with the first grammar."""
+    import llguidance  # most processes that generate text see none
+
+    return llguidance
+
+
 def _limits() -> llguidance.LLParserLimits:
     """Work and memory of one grammar; in steps of the matcher, about 20 to 50 per microsecond."""
-    return llguidance.LLParserLimits(
+    limits: llguidance.LLParserLimits = _library().LLParserLimits(
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
         step_max_items=50_000,
@@ -56,6 +64,7 @@ def _limits() -> llguidance.LLParserLimits:
         max_grammar_size=500_000,
         verbose_errors=False,
     )
+    return limits
 
 
 class _Vocabulary:
@@ -116,6 +125,14 @@ class SequenceGrammar:
             if rest.any():
                 mask[:] = rest
         return mask
+
+    def num_permitted(self, token_ids: list[int]) -> int:
+        """How many tokens may come one after the other without completing the output."""
+        ahead = self._matcher.deep_copy()
+        for count, token_id in enumerate(token_ids):
+            if ahead.try_consume_tokens([token_id]) == 0 or ahead.is_stopped():
+                return count
+        return len(token_ids)
 
     def accept(self, token_id: int) -> bool:
         """Takes the next token of the output; returns whether the output is complete.
@@ -197,7 +214,7 @@ class GrammarCompiler:
 
         def build() -> SequenceGrammar:
             source = _SOURCES[kind](text)
-            matcher = llguidance.LLMatcher(vocabulary, source, log_level=0, limits=_limits())
+            matcher = _library().LLMatcher(vocabulary, source, log_level=0, limits=_limits())
             grammar = SequenceGrammar(matcher, self._vocab_size)
             if matcher.is_error():
                 grammar.error = _brief(matcher.get_error())
@@ -220,7 +237,10 @@ class GrammarCompiler:
                 "leave response_format out"
             )
         wrapped: Any = _Vocabulary(self._tokenizer, self._vocab_size, ends)
-        return llguidance.LLTokenizer(wrapped, n_vocab=self._vocab_size, eos_token=ends)
+        vocabulary: llguidance.LLTokenizer = _library().LLTokenizer(
+            wrapped, n_vocab=self._vocab_size, eos_token=ends
+        )
+        return vocabulary
 
 
 def _text_of(form: ResponseFormat) -> str:
@@ -234,7 +254,7 @@ def _text_of(form: ResponseFormat) -> str:
 
 def _json_source(text: str) -> str:
     return str(
-        llguidance.LLMatcher.grammar_from_json_schema(
+        _library().LLMatcher.grammar_from_json_schema(
             text, defaults={"whitespace_pattern": _WHITESPACE}
         )
     )
@@ -242,15 +262,15 @@ def _json_source(text: str) -> str:
 
 def _choice_source(text: str) -> str:
     strings = " | ".join(json.dumps(choice) for choice in json.loads(text))
-    return str(llguidance.LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {strings}\n"))
+    return str(_library().LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {strings}\n"))
 
 
 _SOURCES: dict[str, Callable[[str], str]] = {
     "json_object": lambda _: _json_source('{"type":"object"}'),
     "json_schema": _json_source,
-    "regex": llguidance.LLMatcher.grammar_from_regex,
+    "regex": lambda text: str(_library().LLMatcher.grammar_from_regex(text)),
     "choice": _choice_source,
-    "lark": llguidance.LLMatcher.grammar_from_lark,
+    "lark": lambda text: str(_library().LLMatcher.grammar_from_lark(text)),
 }
 
 

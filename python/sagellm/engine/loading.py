@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sagellm.backends import create_runner
 from sagellm.backends.mock import BOS_ID, EOS_ID, MockRunner, MockTokenModel
@@ -10,7 +12,11 @@ from sagellm.checkpoint import open_checkpoint
 from sagellm.checkpoint.store import resolve_model
 from sagellm.engine.config import EngineConfig
 from sagellm.engine.engine import Engine
+from sagellm.errors import InvalidArgumentError
 from sagellm.text import ChatTemplate, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from sagellm.checkpoint import TokenizerSource
 
 
 def mock_tokenizer() -> Tokenizer:
@@ -27,6 +33,7 @@ def load_engine(
     precision: str | None = None,
     isa: str | None = None,
     deterministic: bool | None = None,
+    kv_dtype: str | None = None,
 ) -> Engine:
     """Opens a model and builds an engine on it.
 
@@ -40,29 +47,43 @@ def load_engine(
         isa: Forces an instruction-set path.
         deterministic: On a device whose answers depend on the batch otherwise (``cuda``): they do
             not. The CPU's never do.
+        kv_dtype: What keys and values are stored as, for devices that have a choice.
 
     Raises:
         SagellmError: The model is not found, corrupt or unsupported, or memory does not suffice.
     """
     config = config or EngineConfig()
     if device == "mock":
+        if kv_dtype is not None:
+            raise InvalidArgumentError("device 'mock' has no option kv_dtype; leave it out")
         return Engine(MockRunner(), mock_tokenizer(), config)
     checkpoint = open_checkpoint(resolve_model(model))
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
-    template = None
-    if tokenizer.chat_template:
-        template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
-    runner = create_runner(
-        checkpoint,
-        device,
-        threads=threads,
-        max_batch_tokens=config.max_batch_tokens,
-        precision=precision,
-        isa=isa,
-        deterministic=deterministic,
+    # The native reader of weights leaves the GIL to the tokenizer's tables.
+    with ThreadPoolExecutor(1, thread_name_prefix="sagellm-tokenizer") as worker:
+        text = worker.submit(_load_text, checkpoint.tokenizer)
+        runner = create_runner(
+            checkpoint,
+            device,
+            threads=threads,
+            max_batch_tokens=config.max_batch_tokens,
+            precision=precision,
+            isa=isa,
+            deterministic=deterministic,
+            kv_dtype=kv_dtype,
+        )
+        try:
+            tokenizer, template = text.result()
+            return Engine(runner, tokenizer, config, chat_template=template)
+        except BaseException:
+            runner.close()
+            raise
+
+
+def _load_text(source: TokenizerSource) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer of a checkpoint, and the chat template where it has one."""
+    tokenizer = load_tokenizer(source)
+    if not tokenizer.chat_template:
+        return tokenizer, None
+    return tokenizer, ChatTemplate(
+        tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token
     )
-    try:
-        return Engine(runner, tokenizer, config, chat_template=template)
-    except BaseException:
-        runner.close()
-        raise

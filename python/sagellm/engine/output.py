@@ -1,4 +1,4 @@
-"""What comes out of a sequence: text, the end of it, figures, and the protocol's events."""
+"""What comes out of a sequence: new text, the end of it, figures, and the protocol's events."""
 
 from __future__ import annotations
 
@@ -14,89 +14,11 @@ from sagellm.protocol import (
     Timestamps,
     TokenLogprobs,
 )
-from sagellm.text import IncrementalDetokenizer, StopStrings
 
 if TYPE_CHECKING:
     from sagellm.backends.interface import SampledRow
-    from sagellm.engine.request import Failure, Sequence
+    from sagellm.engine.request import Failure, RequestState, Sequence
     from sagellm.protocol import FinishReason, Request
-    from sagellm.text import Tokenizer
-
-
-class OutputText:
-    """The text of one sequence as its tokens arrive."""
-
-    __slots__ = ("_detokenizer", "_named_ids", "_parts", "_sent_parts", "_stops", "stop_ids")
-
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        """Prepares for a request's stop rules.
-
-        Args:
-            request: Its ``sampling`` gives stop strings and ids, ``ignore_eos``, and whether
-                control tokens show.
-            tokenizer: Gives text and end-of-generation ids.
-        """
-        params = request.sampling
-        ends = frozenset() if params.ignore_eos else tokenizer.eos_ids
-        self._named_ids = frozenset(params.stop_token_ids)
-        self.stop_ids = ends | self._named_ids
-        # A response format describes every byte of the text, a leading space too.
-        exact = params.response_format is not None and params.response_format.type != "text"
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer,
-            skip_special=params.skip_special_tokens,
-            continuation=exact or request.messages is None,
-        )
-        self._stops = StopStrings(params.stop) if params.stop else None
-        self._parts: list[str] = []
-        self._sent_parts = 0
-
-    def push(self, token_id: int) -> bool:
-        """Takes one token that is not a stop token; returns whether a stop string is complete."""
-        piece = self._detokenizer.push(token_id)
-        if not piece:
-            return False
-        if self._stops is None:
-            self._parts.append(piece)
-            return False
-        return self._pass(self._stops, piece)
-
-    def finish(self) -> bool:
-        """Ends the text, giving out what was held back; returns whether a stop string ended it."""
-        rest = self._detokenizer.finish()
-        if self._stops is None:
-            if rest:
-                self._parts.append(rest)
-            return False
-        stopped = self._stops.stopped or self._pass(self._stops, rest)
-        held = self._stops.finish()
-        if held:
-            self._parts.append(held)
-        return stopped
-
-    def matched_stop(self, last_token: int | None) -> str | int | None:
-        """The stop string, or the stop token that the request named, that ended the text."""
-        if self._stops is not None and self._stops.matched is not None:
-            return self._stops.matched
-        return last_token if last_token in self._named_ids else None
-
-    def _pass(self, stops: StopStrings, piece: str) -> bool:
-        safe = stops.push(piece)
-        if safe:
-            self._parts.append(safe)
-        return stops.stopped
-
-    def take(self) -> str:
-        """Text since the last call."""
-        if self._sent_parts == len(self._parts):
-            return ""
-        new = "".join(self._parts[self._sent_parts :])
-        self._sent_parts = len(self._parts)
-        return new
-
-    def whole(self) -> str:
-        """All text so far."""
-        return "".join(self._parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +68,34 @@ class SequenceOutput:
     finished: Finished | None = None
     request_finished: bool = False
     prompt_logprobs: list[SampledRow | None] | None = None
+
+
+def output_of(sequence: Sequence, text: str, finished: Finished | None = None) -> SequenceOutput:
+    """The next output of a sequence: what was not sent before."""
+    sent = sequence.num_sent_tokens
+    sequence.num_sent_tokens = len(sequence.output_tokens)
+    scores, prompt_logprobs = sequence.state.scores, None
+    if scores is not None and not scores.is_sent:
+        scores.is_sent = True
+        prompt_logprobs = scored(sequence.state)
+    return SequenceOutput(
+        key=sequence.state.key,
+        request=sequence.state.request,
+        index=sequence.index,
+        text=text,
+        token_ids=sequence.output_tokens[sent:],
+        logprobs=sequence.logprobs[sent:],
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_cached_tokens=sequence.num_cached,
+        finished=finished,
+        request_finished=finished is not None and sequence.state.num_unfinished == 0,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def scored(state: RequestState) -> list[SampledRow | None] | None:
+    """The prompt's log-probabilities, if they were asked for and are all there."""
+    return state.scores.rows if state.scores is not None and state.scores.is_complete else None
 
 
 def delta_of(output: SequenceOutput) -> StreamEventDelta | None:
@@ -256,4 +206,7 @@ def measure(
             sequence.num_cached / sequence.num_prompt_tokens if ran and caching else None
         ),
         evict_count=sequence.num_preemptions if ran else None,
+        spec_accept_rate=sequence.num_accepted / sequence.num_drafted
+        if sequence.num_drafted
+        else None,
     )

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sagellm.backends.interface import SampledRow
-    from sagellm.engine.output import OutputText
+    from sagellm.engine.output_text import OutputText
+    from sagellm.engine.prompt_lookup import PromptLookup
     from sagellm.engine.sampling import Sampling
     from sagellm.protocol import FinishReason, Request
 
@@ -137,6 +138,8 @@ class Sequence:
         scores: The request's, on the sequence that computes the prompt first.
         num_preemptions: Times its blocks were taken away.
         peak_blocks: Most blocks held, as seen when they were given back.
+        lookup: What speculation keeps of it; None until it is asked.
+        num_drafted, num_accepted: Guesses computed, and those among them that the sampler drew.
     """
 
     sequence_id: int
@@ -159,6 +162,9 @@ class Sequence:
     num_preemptions: int = 0
     peak_blocks: int = 0
     peak_tokens: int = 0
+    lookup: PromptLookup | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
     output_tokens: list[int] = field(default_factory=list)
     logprobs: list[SampledRow] = field(default_factory=list)
     first_token_at: float | None = None
@@ -183,19 +189,87 @@ class Sequence:
         return self._buffer[: self.num_tokens]
 
     def slice(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Tokens ``start .. stop - 1``, a view."""
+        """Tokens ``start .. stop - 1``, a view; guesses are behind the last token."""
         return self._buffer[start:stop]
+
+    def set_draft(self, token_ids: list[int]) -> None:
+        """Writes guesses behind the last token, for ``slice``; appended tokens replace them."""
+        end = self.num_tokens + len(token_ids)
+        self._make_room(end)
+        self._buffer[self.num_tokens : end] = token_ids
 
     def append(self, token_id: int) -> None:
         """Adds one output token."""
         position = self.num_tokens
-        if position == len(self._buffer) or self._buffer is self.prompt:
-            grown = np.empty(min(2 * position + 64, self.max_length + 1), dtype=np.int32)
-            grown[:position] = self._buffer[:position]
-            self._buffer = grown
+        self._make_room(position + 1)
         self._buffer[position] = token_id
         self.num_tokens = position + 1
         self.output_tokens.append(token_id)
+
+    def accept(self, rows: list[SampledRow], now: float) -> FinishReason | None:
+        """Adds sampled tokens up to one that ends the sequence.
+
+        Args:
+            rows: The tokens in their order, none with an error.
+            now: Unix seconds.
+
+        Returns:
+            Why the sequence ends; None if it goes on.
+
+        Raises:
+            InvalidArgumentError: The grammar outgrows its limits.
+        """
+        for row in rows:
+            reason = self._accept(row, now)
+            if reason is not None:
+                return reason
+        return None
+
+    def _accept(self, row: SampledRow, now: float) -> FinishReason | None:
+        token_id, text = row.token_id, self.text
+        self.append(token_id)
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+        if row.logprob is not None:
+            self.logprobs.append(row)
+        if token_id in text.stop_ids:
+            text.finish()
+            return "stop"
+        grammar = self.sampling.grammar
+        is_complete = grammar is not None and grammar.accept(token_id)
+        if text.push(token_id):
+            return "stop"
+        if is_complete:
+            text.finish()
+            return "stop"
+        if self.num_tokens >= self.max_length:
+            return "stop" if text.finish() else "length"
+        return None
+
+    def failure_of(self, error: str) -> Failure:
+        """Why the request fails if the sampler found no token for this sequence."""
+        grammar = self.sampling.grammar
+        if grammar is not None and grammar.error is not None:
+            return Failure(
+                code=ErrorCode.INVALID_ARGUMENT,
+                message=f"the response_format cannot be followed: {grammar.error}",
+                retryable=False,
+            )
+        return Failure(
+            code=ErrorCode.UNAVAILABLE,
+            message=(
+                f"no token could be chosen: {error}; check the model file, or try another "
+                "precision or other sampling parameters"
+            ),
+            retryable=False,
+        )
+
+    def _make_room(self, size: int) -> None:
+        if size > len(self._buffer) or self._buffer is self.prompt:
+            grown = np.empty(min(2 * size + 64, self.max_length + 1), dtype=np.int32)
+            grown[: self.num_tokens] = self._buffer[: self.num_tokens]
+            self._buffer = grown
 
 
 def salt_of(cache_salt: str | None) -> int:

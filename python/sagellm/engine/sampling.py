@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sagellm.engine.grammar import SequenceGrammar
-    from sagellm.engine.request import Sequence
     from sagellm.protocol import Request
 
 _MASK = (1 << 64) - 1
@@ -39,7 +38,7 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 class Sampling:
-    """The sampling rule of one sequence; ``row`` is what the next step needs of it."""
+    """The sampling rule of one sequence; ``rows`` is what the next step needs of it."""
 
     __slots__ = (
         "_barred",
@@ -111,18 +110,46 @@ class Sampling:
         if self._temperature == 0.0 and not self._needs_history:
             self._constant = self._build(None, 0, None)
 
-    def row(self, sequence: Sequence) -> SamplingRow:
-        """How to draw the token at position ``sequence.num_tokens``."""
-        position = sequence.num_tokens
+    def row(self, tokens: NDArray[np.int32]) -> SamplingRow:
+        """How to draw the token that follows ``tokens``, the prompt and the output so far."""
+        return self._row(tokens, len(tokens), self.grammar)
+
+    def rows(self, tokens: NDArray[np.int32], num_drafted: int) -> list[SamplingRow]:
+        """How to draw the token behind the last one that is sure, and behind each guess.
+
+        Args:
+            tokens: Prompt and output so far, and behind them
+            num_drafted: tokens that are guessed; the grammar, if there is one, permits them.
+        """
+        if num_drafted == 0:
+            return [self.row(tokens)]
+        first = len(tokens) - num_drafted
+        positions = range(first, len(tokens) + 1)
+        if self.grammar is None:
+            return [self._row(tokens, position, None) for position in positions]
+        ahead = self.grammar.copy()
+        rows: list[SamplingRow] = []
+        for position in positions:
+            if position > first:
+                ahead.accept(int(tokens[position - 1]))
+            row = self._row(tokens, position, ahead)
+            assert row.allowed is not None
+            row.allowed = row.allowed.copy()  # the grammar writes the next one to the same array
+            rows.append(row)
+        return rows
+
+    def _row(
+        self, tokens: NDArray[np.int32], position: int, grammar: SequenceGrammar | None
+    ) -> SamplingRow:
         barred = self._barred if position < self._min_length else None
         allowed = None
-        if self.grammar is not None:
-            allowed = self.grammar.allowed(barred)
+        if grammar is not None:
+            allowed = grammar.allowed(barred)
         elif barred is not None:
             allowed = ~barred
         elif self._constant is not None:
             return self._constant
-        history = sequence.tokens if self._needs_history else None
+        history = tokens[:position] if self._needs_history else None
         return self._build(history, position, allowed)
 
     def _build(

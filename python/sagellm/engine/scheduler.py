@@ -12,6 +12,8 @@ Policy, in the order of ``schedule``:
    back and waits at its old place in the queue. A sequence that is alone and finds no block fails.
 4. If nobody was preempted, waiting sequences are admitted strictly in order, each with the longest
    cached prefix, as soon as the pool has room for all the tokens that it has so far.
+5. What is left of the token budget may go to guesses (see ``speculation``), within blocks that
+   their sequences hold anyway: no guess ever takes a block, a place or a first token from anyone.
 
 No sequence starves: the first in order is never preempted while another runs, and admission never
 overtakes. Running and waiting sequences are kept in two sorted lists. Nothing here touches a model.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -32,25 +35,28 @@ from sagellm.protocol import ErrorCode
 if TYPE_CHECKING:
     from sagellm.backends.interface import SampledRow, StepOutput
     from sagellm.engine.config import EngineConfig
+    from sagellm.engine.speculation import Drafter
     from sagellm.kv.interface import KvCache, KvGroup
 
 _ORDER = attrgetter("order")
 
 
-class _Draft:
+class _PlanBuilder:
     """A StepPlan in the making."""
 
-    __slots__ = ("budget", "counts", "failures", "sequences")
+    __slots__ = ("budget", "counts", "drafts", "failures", "sequences")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.sequences: list[Sequence] = []
         self.counts: list[int] = []
+        self.drafts: list[int] = []
         self.failures: list[tuple[RequestState, Failure]] = []
 
     def take(self, sequence: Sequence, count: int) -> None:
         self.sequences.append(sequence)
         self.counts.append(count)
+        self.drafts.append(0)
         self.budget -= count
 
 
@@ -58,7 +64,12 @@ class Scheduler:
     """Continuous batching over one KV cache."""
 
     def __init__(
-        self, kv: KvCache, groups: tuple[KvGroup, ...], num_blocks: int, config: EngineConfig
+        self,
+        kv: KvCache,
+        groups: tuple[KvGroup, ...],
+        num_blocks: int,
+        config: EngineConfig,
+        drafter: Drafter | None = None,
     ) -> None:
         """Creates an idle scheduler.
 
@@ -67,7 +78,9 @@ class Scheduler:
             groups: Of the model.
             num_blocks: Usable blocks of ``kv``.
             config: Budgets.
+            drafter: Guesses tokens ahead; None does without.
         """
+        self._drafter = drafter
         self._kv = kv
         self._groups = groups
         self._num_blocks = num_blocks
@@ -83,6 +96,7 @@ class Scheduler:
             None  # (sequence id, releases when it found no room)
         )
         self.num_preemptions = 0
+        self.num_drafted = self.num_accepted = 0  # tokens, as in ``Sequence``
 
     @property
     def num_running(self) -> int:
@@ -144,57 +158,83 @@ class Scheduler:
         Returns:
             A plan, possibly without sequences; its failures have left the scheduler.
         """
-        draft = _Draft(self._max_batch_tokens)
-        self._expire(now, draft)
-        if not self._schedule_running(draft):
-            self._admit_waiting(now, draft)
+        builder = _PlanBuilder(self._max_batch_tokens)
+        self._expire(now, builder)
+        if not self._schedule_running(builder):
+            self._admit_waiting(now, builder)
+        if self._drafter is not None:
+            self._draft_ahead(builder, self._drafter)
         return StepPlan(
-            sequences=tuple(draft.sequences),
-            counts=tuple(draft.counts),
-            failures=tuple(draft.failures),
+            sequences=tuple(builder.sequences),
+            counts=tuple(builder.counts),
+            drafts=tuple(builder.drafts),
+            failures=tuple(builder.failures),
         )
 
-    def commit(self, plan: StepPlan, output: StepOutput) -> list[tuple[Sequence, SampledRow]]:
+    def commit(self, plan: StepPlan, output: StepOutput) -> list[tuple[Sequence, list[SampledRow]]]:
         """Takes the result of a step: tokens become computed, full blocks are published.
 
-        Nothing is published of a sequence whose row carries an error.
+        Guesses are kept while each is the token that was drawn in its place. What was computed for
+        the others is overwritten by the next step. Nothing is published of a sequence whose row
+        carries an error.
 
         Returns:
-            The sequences that sampled, or whose prompt could not be scored, each with its row;
-            appending the token is the caller's.
+            The sequences that sampled, or whose prompt could not be scored, each with its rows;
+            appending the tokens is the caller's, up to one that ends the sequence.
         """
-        sampled: list[tuple[Sequence, SampledRow]] = []
+        sampled: list[tuple[Sequence, list[SampledRow]]] = []
         rows = iter(output.rows)
-        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            computed = sequence.num_computed + count
+        for sequence, count, drafted in zip(plan.sequences, plan.counts, plan.drafts, strict=True):
+            computed = sequence.num_computed + count - drafted
             scores = sequence.scores
             if scores is not None:
                 scored = [next(rows) for _ in scores.positions(sequence.num_computed, computed)]
                 failed = next((row for row in scored if row.error is not None), None)
                 if failed is not None:
-                    sampled.append((sequence, failed))
+                    sampled.append((sequence, [failed]))
                     if computed == sequence.num_tokens:
                         next(rows)
                     continue
                 scores.rows += scored
             sequence.num_computed = computed
             if computed == sequence.num_tokens:
-                row = next(rows)
-                sampled.append((sequence, row))
-                if row.error is not None:
+                drawn = self._keep(sequence, list(islice(rows, drafted + 1)))
+                sampled.append((sequence, drawn))
+                if drawn[0].error is not None:
                     continue
+                computed = sequence.num_computed
             # The cache acts on whole blocks only, so it need not hear of every token.
             if computed // self._block_size > sequence.num_committed // self._block_size:
                 self._commit(sequence)
         return sampled
 
+    def _keep(self, sequence: Sequence, rows: list[SampledRow]) -> list[SampledRow]:
+        """Compares guesses with what was drawn; returns the rows up to the first that differs.
+
+        A row with an error is given out alone: behind a guess it is left to the next step.
+        """
+        num_drafted, num_accepted = len(rows) - 1, 0
+        if num_drafted > 0:
+            draft = sequence.slice(sequence.num_tokens, sequence.num_tokens + num_drafted)
+            for row, token_id, following in zip(rows, draft.tolist(), rows[1:], strict=False):
+                if (row.token_id, row.error, following.error) != (token_id, None, None):
+                    break
+                num_accepted += 1
+            sequence.num_computed += num_accepted
+            sequence.num_drafted += num_drafted
+            sequence.num_accepted += num_accepted
+            self.num_drafted += num_drafted
+            self.num_accepted += num_accepted
+        return rows[: num_accepted + 1]
+
     def _commit(self, sequence: Sequence) -> None:
-        self._kv.commit(sequence.sequence_id, sequence.tokens, sequence.num_computed)
+        tokens = sequence.slice(0, sequence.num_computed)
+        self._kv.commit(sequence.sequence_id, tokens, sequence.num_computed)
         sequence.num_committed = sequence.num_computed
 
     # ------------------------------------------------------------------------------- running
 
-    def _schedule_running(self, draft: _Draft) -> bool:
+    def _schedule_running(self, builder: _PlanBuilder) -> bool:
         """Plans the running sequences; returns whether one was preempted."""
         running = self._running
         before = self.num_preemptions
@@ -203,7 +243,7 @@ class Scheduler:
             if sequence.num_tokens - sequence.num_computed == 1:
                 decodes += 1
         index = 0
-        while index < len(running) and draft.budget > 0:
+        while index < len(running) and builder.budget > 0:
             sequence = running[index]
             index += 1
             pending = sequence.num_tokens - sequence.num_computed
@@ -216,14 +256,14 @@ class Scheduler:
                 decodes -= 1
                 count = 1
             else:
-                count = min(pending, self._chunk_tokens, draft.budget - decodes)
+                count = min(pending, self._chunk_tokens, builder.budget - decodes)
                 if count <= 0:
                     continue
             end = sequence.num_computed + count
             while end > sequence.num_reserved and not self._reserve(sequence, end):
                 victim = running[-1]
                 if victim is sequence and index == 1:
-                    self._fail_alone(sequence, draft)
+                    self._fail_alone(sequence, builder)
                     break
                 if victim is not sequence and victim.num_tokens - victim.num_computed == 1:
                     decodes -= 1
@@ -231,8 +271,41 @@ class Scheduler:
                 if victim is sequence:
                     break
             if sequence.status is Status.RUNNING:
-                draft.take(sequence, count)
+                builder.take(sequence, count)
         return self.num_preemptions > before
+
+    def _draft_ahead(self, builder: _PlanBuilder, drafter: Drafter) -> None:
+        """Lets sequences that decode compute guesses behind their last token.
+
+        No first token waits for guesses.
+        """
+        decodes = [
+            index
+            for index, sequence in enumerate(builder.sequences)
+            if builder.counts[index] == 1
+            and sequence.num_tokens - sequence.num_computed == 1
+            and sequence.output_tokens
+        ]
+        num_tokens = self._max_batch_tokens - builder.budget
+        for index in decodes:
+            sequence = builder.sequences[index]
+            room = min(
+                builder.budget,
+                self._chunk_tokens - 1,
+                sequence.num_reserved - sequence.num_tokens,
+                sequence.max_length - sequence.num_tokens - 1,
+            )
+            if room < 1:
+                continue
+            draft = drafter.draft(sequence, room, len(decodes), num_tokens)[:room]
+            grammar = sequence.sampling.grammar
+            if draft and grammar is not None:
+                draft = draft[: grammar.num_permitted(draft)]
+            if draft:
+                sequence.set_draft(draft)
+                builder.counts[index] += len(draft)
+                builder.drafts[index] = len(draft)
+                builder.budget -= len(draft)
 
     def _reserve(self, sequence: Sequence, end: int) -> bool:
         """Makes positions ``< end`` writable, and the rest of their block at no cost."""
@@ -274,18 +347,18 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------- admission
 
-    def _admit_waiting(self, now: float, draft: _Draft) -> None:
-        while self._waiting and draft.budget > 0 and len(self._running) < self._max_num_seqs:
+    def _admit_waiting(self, now: float, builder: _PlanBuilder) -> None:
+        while self._waiting and builder.budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
             mark = (sequence.sequence_id, self._num_releases)
             if self._running and self._stalled == mark:
                 return  # nothing was given back since it found no room
-            count = self._admit(sequence, draft.budget)
+            count = self._admit(sequence, builder.budget)
             if count is None:
                 if self._running:
                     self._stalled = (sequence.sequence_id, self._num_releases)
                     return
-                self._fail_alone(sequence, draft)
+                self._fail_alone(sequence, builder)
                 continue
             self._waiting.pop(0)
             insort(self._running, sequence, key=_ORDER)
@@ -293,7 +366,7 @@ class Scheduler:
             if sequence.state.scheduled_at is None:
                 sequence.state.scheduled_at = now
             if count > 0:
-                draft.take(sequence, count)
+                builder.take(sequence, count)
 
     def _admit(self, sequence: Sequence, budget: int) -> int | None:
         """Gives a sequence its cached prefix and its first blocks.
@@ -332,7 +405,7 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------- endings
 
-    def _expire(self, now: float, draft: _Draft) -> None:
+    def _expire(self, now: float, builder: _PlanBuilder) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, state = heapq.heappop(self._deadlines)
             if not _is_live(state):
@@ -348,10 +421,10 @@ class Scheduler:
                     ),
                     retryable=True,
                 ),
-                draft,
+                builder,
             )
 
-    def _fail_alone(self, sequence: Sequence, draft: _Draft) -> None:
+    def _fail_alone(self, sequence: Sequence, builder: _PlanBuilder) -> None:
         needed = blocks_needed(
             self._groups, self._block_size, sequence.num_tokens, self._chunk_tokens
         )
@@ -366,17 +439,18 @@ class Scheduler:
                 ),
                 retryable=False,
             ),
-            draft,
+            builder,
         )
 
-    def _fail(self, state: RequestState, failure: Failure, draft: _Draft) -> None:
+    def _fail(self, state: RequestState, failure: Failure, builder: _PlanBuilder) -> None:
         self.abort(state)
-        draft.failures.append((state, failure))
+        builder.failures.append((state, failure))
 
     def _release(self, sequence: Sequence) -> None:
         blocks = self._kv.num_blocks_of(sequence.sequence_id)
         sequence.peak_blocks = max(sequence.peak_blocks, blocks)
-        sequence.peak_tokens = max(sequence.peak_tokens, sequence.num_computed)
+        computed = min(sequence.num_computed, sequence.num_tokens)  # without what follows a stop
+        sequence.peak_tokens = max(sequence.peak_tokens, computed)
         self._kv.release(sequence.sequence_id)
         sequence.num_computed = sequence.num_reserved = sequence.num_committed = 0
         self._num_releases += 1

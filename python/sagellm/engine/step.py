@@ -23,16 +23,19 @@ class StepPlan:
     Attributes:
         sequences: In the order of the batch.
         counts: Tokens of each, following its ``num_computed``.
+        drafts: How many of them, the last ones, are guessed (see ``speculation``).
         failures: Requests that cannot go on, taken out of the scheduler already.
     """
 
     sequences: tuple[Sequence, ...] = ()
     counts: tuple[int, ...] = ()
+    drafts: tuple[int, ...] = ()
     failures: tuple[tuple[RequestState, Failure], ...] = ()
 
     def alone(self, index: int) -> StepPlan:
-        """The part of the plan that concerns one sequence."""
-        return StepPlan(sequences=(self.sequences[index],), counts=(self.counts[index],))
+        """The part of the plan that concerns one sequence, without guesses."""
+        count = self.counts[index] - self.drafts[index]
+        return StepPlan(sequences=(self.sequences[index],), counts=(count,), drafts=(0,))
 
 
 def build_batch(
@@ -40,7 +43,8 @@ def build_batch(
 ) -> tuple[ForwardBatch, tuple[SamplingRow, ...]]:
     """Builds the arrays of a plan. A sequence samples when the plan reaches its last token.
 
-    Rows of prompt tokens to be scored stand before the row that a sequence samples.
+    It has a row then for that token and one for every drafted token. Rows of prompt tokens to be
+    scored stand before the row that a sequence samples.
 
     Args:
         plan: At least one sequence.
@@ -55,7 +59,7 @@ def build_batch(
     logit_rows: list[int] = []
     rows: list[SamplingRow] = []
     start = 0
-    for sequence, count in zip(sequences, plan.counts, strict=True):
+    for sequence, count, drafted in zip(sequences, plan.counts, plan.drafts, strict=True):
         done = sequence.num_computed
         stop = start + count
         token_ids[start:stop] = sequence.slice(done, done + count)
@@ -69,9 +73,9 @@ def build_batch(
                         num_logprobs=sequence.scores.num_logprobs,
                     )
                 )
-        if done + count == sequence.num_tokens:
-            logit_rows.append(stop - 1)
-            rows.append(sequence.sampling.row(sequence))
+        if done + count - drafted == sequence.num_tokens:
+            logit_rows += range(stop - 1 - drafted, stop)
+            rows += sequence.sampling.rows(sequence.slice(0, done + count), drafted)
         start = stop
     offsets = np.array(computed, dtype=np.int32) - query_starts[:-1]
     positions = np.arange(start, dtype=np.int32) + np.repeat(offsets, counts)

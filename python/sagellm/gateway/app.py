@@ -129,7 +129,8 @@ def as_api_error(request: HTTPConnection, error: Exception) -> ApiError:
     if isinstance(error, SagellmError):
         return ApiError.from_error(error)
     if isinstance(error, (RequestValidationError, ValidationError)):
-        message, param = describe_validation(list(error.errors()))
+        body = getattr(error, "body", None)
+        message, param = describe_validation(list(error.errors()), body)
         return ApiError(400, message, code="invalid_value", param=param)
     if isinstance(error, HTTPException):
         return _from_http(request, error)

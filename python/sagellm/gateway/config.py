@@ -23,6 +23,9 @@ class GatewayConfig:
         served_model_name: What clients may call the model, the first one in answers; empty takes
             the model's own name.
         cors_origins: Origins that browsers may call from; ``("*",)`` is all.
+        allowed_hosts: Names that clients may call the server by (``Host``), beside localhost and
+            ``host``; ``*`` is any. Empty: those two alone on a loopback address without API keys,
+            so that no web page gets in under a name of its own; otherwise any.
         request_timeout_s: Seconds until a request is answered 504; None waits forever.
         body_timeout_s: Seconds for a client to send its whole body, else 408.
         drain_timeout_s: Seconds that requests at hand may take after SIGTERM.
@@ -31,8 +34,8 @@ class GatewayConfig:
         stall_timeout_s: Seconds without an engine step, while there is work, until ``/health``
             answers 503.
         max_requests_per_key: Requests at hand per API key (without keys: per client address), else
-            429. None: with several keys, half of what may run and wait, so that no key alone fills
-            the queue; otherwise any number.
+            429; one for many completions counts as all of them. None: with several keys, half of
+            what may run and wait, so that no key alone fills the queue; otherwise any number.
         tool_call_format: How the generation model writes tool calls, by name in
             ``TOOL_CALL_FORMATS``; ``auto`` asks its chat template. With a name, a template that
             knows no tools gets them as text in the system message.
@@ -51,6 +54,7 @@ class GatewayConfig:
     api_keys: tuple[str, ...] = ()
     served_model_name: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     request_timeout_s: float | None = 600.0
     body_timeout_s: float = 60.0
     drain_timeout_s: float = 30.0

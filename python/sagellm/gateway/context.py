@@ -34,6 +34,7 @@ class RequestContext:
         client: Address of the peer, empty on a Unix socket.
         key_number: Which API key was used, from 1; None without keys.
         model: The model that was asked for, as far as known.
+        num_completions: For the engine to make; see ``fair_share``.
         num_prompt_tokens, num_output_tokens, num_cached_tokens: Sums over the engine's requests.
         finish_reasons: One per completion that ended.
         prompt: Its beginning, only if prompts are logged.
@@ -53,6 +54,7 @@ class RequestContext:
     client: str = ""
     key_number: int | None = None
     model: str | None = None
+    num_completions: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_cached_tokens: int = 0

@@ -168,16 +168,22 @@ def is_anthropic(path: str) -> bool:
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
-def describe_validation(errors: list[Mapping[str, Any]]) -> tuple[str, str | None]:
+def describe_validation(
+    errors: list[Mapping[str, Any]], body: Any = None
+) -> tuple[str, str | None]:
     """One message and the field of the first problem, from pydantic's list of problems.
 
     Args:
         errors: ``loc`` and ``msg`` of each; values that were sent do not enter the message.
+        body: What was checked, if at hand: tells fields from the tags of unions.
     """
     shown = []
     first: str | None = None
     for problem in errors[:8]:
-        place = ".".join(_short(part) for part in problem["loc"] if part != "body")
+        loc = [part for part in problem["loc"] if part != "body"]
+        if body is not None:
+            loc = _fields(loc, body, is_missing=problem.get("type") == "missing")
+        place = ".".join(map(_short, loc))
         text = str(problem["msg"]).removeprefix("Value error, ")
         if problem.get("type") == "extra_forbidden":
             text = "this field is not supported; leave it out"
@@ -187,6 +193,17 @@ def describe_validation(errors: list[Mapping[str, Any]]) -> tuple[str, str | Non
     if len(errors) > 8:
         shown.append(f"and {len(errors) - 8} more")
     return "; ".join(shown), first
+
+
+def _fields(loc: list[Any], body: Any, *, is_missing: bool) -> list[Any]:
+    """A place without the tags of unions, which pydantic writes between the names of fields."""
+    fields, value = [], body
+    for part in loc[:-1] if is_missing else loc:
+        is_field = part in value if isinstance(value, dict) else isinstance(part, int)
+        if is_field:
+            value = value[part]
+            fields.append(part)
+    return [*fields, *loc[-1:]] if is_missing else fields
 
 
 def _short(part: object) -> str:

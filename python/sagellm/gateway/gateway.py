@@ -12,6 +12,7 @@ import numpy as np
 
 from sagellm.errors import SagellmError, UnavailableError
 from sagellm.gateway.errors import RETRY_LATER_S, ApiError
+from sagellm.gateway.fair_share import FairShare, share_of
 from sagellm.gateway.generation import GatewayStream
 from sagellm.gateway.observer import ObserverGroup, RequestRecord
 from sagellm.gateway.request_metrics import RequestMetrics
@@ -48,6 +49,7 @@ class Gateway:
         is_draining: No new requests are taken.
         is_stuck: The engine did not end when told to.
         at_hand: HTTP requests without a complete answer, by id; probes do not count.
+        share: What each client has at hand.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Gateway:
         self.is_ready = False
         self.is_draining = False
         self.at_hand: dict[str, RequestContext] = {}
+        self.share = FairShare(share_of(config, engine))
         self.is_stuck = False
         self._is_closed = False
         own = model_name or ("" if engine is None else engine.engine.runner.config.name)
@@ -191,6 +194,7 @@ class Gateway:
         engine = self.require_generation(None)
         try:
             self.require_open()
+            self.share.add(context, request.sampling.n)
             request = self._limited(request)
             stream = await engine.start(request, prompt_token_ids)
         except SagellmError as error:

@@ -33,7 +33,7 @@ class ModelOptions:
         name: What it is called.
         embedding_path: A second model for embeddings.
         embedding_name: What that is called.
-        device, threads, precision: As for ``load_engine``.
+        device, threads, precision, kv_dtype: As for ``load_engine``.
         engine: Knobs of the generation engine.
         chat_template: Jinja source taken instead of the generation model's own.
     """
@@ -45,6 +45,7 @@ class ModelOptions:
     device: str = "auto"
     threads: int | None = None
     precision: str | None = None
+    kv_dtype: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     chat_template: str | None = None
 
@@ -59,7 +60,7 @@ def open_gateway(config: GatewayConfig, options: ModelOptions) -> Gateway:
         SagellmError: A model is not found, corrupt or unsupported, or memory does not suffice.
     """
     if options.device == "mock":
-        engine = load_engine("", options.engine, device="mock")
+        engine = load_engine("", options.engine, device="mock", kv_dtype=options.kv_dtype)
         engine.chat_template = ChatTemplate(options.chat_template or MOCK_TEMPLATE)
         return Gateway(config, engine=AsyncEngine(engine), model_name=options.name)
     if is_encoder(options.path):
@@ -72,6 +73,10 @@ def open_gateway(config: GatewayConfig, options: ModelOptions) -> Gateway:
             raise InvalidArgumentError(
                 f"{options.name} makes embeddings only; leave out --chat-template"
             )
+        if options.kv_dtype is not None:
+            raise InvalidArgumentError(
+                f"{options.name} makes embeddings only and has no KV cache; leave out --kv-dtype"
+            )
         only = load_embedder(options.path, threads=options.threads)
         return Gateway(config, embedder=only, model_name=options.name)
     engine = load_engine(
@@ -80,6 +85,7 @@ def open_gateway(config: GatewayConfig, options: ModelOptions) -> Gateway:
         device=options.device,
         threads=options.threads,
         precision=options.precision,
+        kv_dtype=options.kv_dtype,
     )
     try:
         if options.chat_template is not None:

@@ -134,8 +134,16 @@ class GatewayCollector(Collector):
             ("sagellm:failed_steps", "Steps that failed as a whole", stats.num_failed_steps),
             ("sagellm:kv_evicted_blocks", "Cached blocks given up", kv.evicted_blocks),
             ("sagellm:kv_copied_blocks", "Blocks copied on write", kv.copied_blocks),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed", stats.num_draft_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Guesses kept", stats.num_accepted_tokens),
         ):
             yield self._counter(name, text, value)
+        if stats.spec_accept_rate is not None:
+            yield self._gauge(
+                "sagellm:spec_accept_rate",
+                "Share of the tokens guessed ahead that were kept, since the start",
+                stats.spec_accept_rate,
+            )
 
     def _counted(self, requests: RequestMetrics) -> Iterator[Metric]:
         model = self._gateway.model_name

@@ -14,11 +14,11 @@ import hmac
 import json
 import logging
 import re
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from sagellm.gateway.context import SCOPE_KEY, RequestContext, new_context
-from sagellm.gateway.errors import RETRY_SOON_S, ApiError
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.hosts import host_filter
 from sagellm.protocol import LIMITS
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ class AdmissionMiddleware:
         # Digests have one length, so that comparing tells nothing about a key's.
         self._digests = [hashlib.sha256(key.encode()).digest() for key in config.api_keys]
         self._without_key = OPEN_PATHS | ({"/metrics"} if config.metrics_public else set())
-        self._limit = _share(gateway)
-        self._at_hand: Counter[str] = Counter()
+        self._hosts = host_filter(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request, or answers it with an error."""
@@ -133,30 +132,27 @@ class AdmissionMiddleware:
         except ApiError as error:
             await send_error(scope, send, error, receive)
             return
-        limit = self._limit
-        if limit is None or scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         context: RequestContext = scope[SCOPE_KEY]
-        owner = context.client if context.key_number is None else f"key {context.key_number}"
-        if self._at_hand[owner] >= limit:
-            message = f"{limit} requests of yours are at hand; wait for one of them"
-            refusal = ApiError(429, message, retry_after_s=RETRY_SOON_S)
-            await send_error(scope, send, refusal, receive)
+        try:
+            self._gateway.share.enter(context)
+        except ApiError as error:
+            await send_error(scope, send, error, receive)
             return
-        self._at_hand[owner] += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._at_hand[owner] -= 1
-            if not self._at_hand[owner]:
-                del self._at_hand[owner]
+            self._gateway.share.leave(context)
 
     def _check(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = sum(len(name) + len(value) for name, value in headers)
         if size > LIMITS.header_bytes:
             raise ApiError(431, f"the headers have {size} bytes; at most {LIMITS.header_bytes}")
+        if self._hosts is not None:
+            self._hosts.check(headers)
         if scope["path"] in self._without_key:
             return
         if self._digests:
@@ -267,15 +263,6 @@ async def _discard(receive: Receive) -> None:
 
 def _has_long_body(headers: dict[bytes, bytes]) -> bool:
     return b"transfer-encoding" in headers or _content_length(headers) > _SHORT_BODY
-
-
-def _share(gateway: Gateway) -> int | None:
-    """How many requests one owner may have at hand; None is any number."""
-    config = gateway.config
-    if config.max_requests_per_key or len(config.api_keys) < 2 or gateway.engine is None:
-        return config.max_requests_per_key
-    engine = gateway.engine.engine.config
-    return max(1, (engine.max_num_seqs + engine.max_queue) // 2)
 
 
 def _api_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:

@@ -20,6 +20,7 @@ _ERRORS = {
     408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not JSON, or is compressed",
+    421: "The Host header is no name of this server",
     429: "The queue is full; Retry-After tells when to try again",
     431: "The headers are too large",
     500: "The server failed; its log has the request's id",
@@ -27,7 +28,7 @@ _ERRORS = {
     504: "The answer took longer than the request's or the server's time limit",
 }
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-_WITHOUT_BODY = (400, 401, 404, 429, 431, 500, 503, 504)
+_WITHOUT_BODY = (400, 401, 404, 421, 429, 431, 500, 503, 504)
 
 
 class OpenAiErrorDetail(BaseModel):

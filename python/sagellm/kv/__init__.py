@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from sagellm.errors import UnsupportedError
 from sagellm.kv.groups import plan_kv_groups
 from sagellm.kv.interface import KvCache, KvGroup, KvStats
-from sagellm.kv.reference import ReferenceKvCache
+
+if TYPE_CHECKING:
+    from sagellm.kv.reference import ReferenceKvCache
 
 __all__ = [
     "KvCache",
@@ -18,6 +21,13 @@ __all__ = [
     "create_kv_cache",
     "plan_kv_groups",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the plain Python twin for those who ask for it."""
+    if name == "ReferenceKvCache":
+        return importlib.import_module("sagellm.kv.reference").ReferenceKvCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def create_kv_cache(
@@ -42,7 +52,8 @@ def create_kv_cache(
         UnsupportedError: ``native`` without the C++ core.
     """
     if not native:
-        return ReferenceKvCache(num_blocks, block_size, windows, enable_prefix_caching)
+        twin: type[ReferenceKvCache] = __getattr__("ReferenceKvCache")
+        return twin(num_blocks, block_size, windows, enable_prefix_caching)
     try:
         core = importlib.import_module("sagellm._core")
     except ImportError as error:

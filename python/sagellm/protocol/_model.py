@@ -12,7 +12,12 @@ class ProtocolModel(BaseModel):
     """Immutable; rejects unknown fields, values of another type, NaN and infinities."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        defer_build=True,  # a validator is built when it is first used: a command uses few
     )
 
 

@@ -14,12 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import WebSocketRoute, compile_path
 from starlette.types import ASGIApp
 
 from sagellm.errors import InvalidArgumentError
 from sagellm.serving.calls import BoundHandler
+from sagellm.serving.docs_page import docs_page
 from sagellm.serving.endpoints import Endpoint
 from sagellm.serving.environment import env
 from sagellm.serving.failures import ErrorRenderer, ErrorResponse, ExceptionHandler
@@ -94,6 +95,7 @@ class Server:
             version=version,
             description=description,
             lifespan=self._lifespan,
+            docs_url=None,  # FastAPI's page is empty without a network
             redoc_url=None,
             redirect_slashes=False,
             middleware=[*_cors(enable_cors), *(Middleware(make) for make in middleware)],
@@ -103,10 +105,14 @@ class Server:
                 Exception: self._errors.response,
             },
         )
+        self.app.add_api_route("/docs", self._docs, include_in_schema=False)
         seen: set[tuple[str, str]] = set()
         for group, routes in routers.items():
             for route in routes:
                 self._add(join_path(prefix, group, route.path), group, route, seen)
+
+    async def _docs(self) -> HTMLResponse:
+        return HTMLResponse(docs_page(self.app.openapi()))
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
@@ -12,6 +13,9 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from sagellm.checkpoint.tokenizer_source import TokenizerSource
 from sagellm.errors import CorruptFileError, UnsupportedError
 from sagellm.text.token_types import BYTE_PIECE, TokenType
+
+if TYPE_CHECKING:
+    from sagellm.text.tokenizer import TokenModel
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -79,6 +83,13 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
+def bytes_of(piece: str) -> bytes:
+    """What the text of a token in a byte-level vocabulary stands for."""
+    if any(char not in BYTE_ALPHABET for char in piece):
+        return piece.encode()
+    return bytes(BYTE_ALPHABET[char] for char in piece)
+
+
 class LibraryModel:
     """A ``TokenModel`` over a tokenizer of the ``tokenizers`` library.
 
@@ -98,8 +109,10 @@ class LibraryModel:
         self._tokenizer = tokenizer
         self._style = style
         self._space = space
-        self._lock = threading.Lock()
         self._added = tokenizer.get_added_tokens_decoder()
+        # Whether control tokens are read is a switch on the library's object. One object for either
+        # position needs no lock: a short text never waits for the end of a long one.
+        self._literal = _literal_twin(tokenizer, self._added)
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.size = max(
             tokenizer.get_vocab_size(with_added_tokens=True), max(self._added, default=-1) + 1
@@ -107,11 +120,10 @@ class LibraryModel:
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
         """Segments text."""
-        with self._lock:  # whether control tokens are read is a switch on the library's object
-            self._tokenizer.encode_special_tokens = not parse_special
-            # A batch of one: unlike ``encode`` it lets other Python threads run meanwhile.
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-            ids: list[int] = encoding.ids
+        tokenizer = self._tokenizer if parse_special else self._literal
+        # A batch of one: unlike ``encode`` it lets other Python threads run meanwhile.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
 
     def piece(self, token_id: int) -> str:
@@ -128,15 +140,90 @@ class LibraryModel:
         """What a token stands for."""
         text = self.piece(token_id)
         if self._style == "byte_level":
-            if token_id in self._added or any(char not in BYTE_ALPHABET for char in text):
-                return text.encode()
-            return bytes(BYTE_ALPHABET[char] for char in text)
+            return text.encode() if token_id in self._added else bytes_of(text)
         found = BYTE_PIECE.fullmatch(text)
         if found is not None:
             return bytes([int(found[1], 16)])
         if token_id not in self.special_ids:
             text = text.replace(self._space, " ")
         return text.encode()
+
+
+class NativeModel:
+    """A ``TokenModel`` over ``_core.text.BytePairTable``.
+
+    The library finds added tokens and cuts the rest into words; to it every word is one unknown
+    token. Its own tables for merging are not built: with the GIL held, they took longer than all
+    else about a vocabulary.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        cutter: pre_tokenizers.PreTokenizer,
+        special: list[AddedToken],
+        plain: list[AddedToken],
+    ) -> None:
+        self._table = table
+        tokenizer = LibraryTokenizer(models.WordLevel({"": 0}, unk_token=""))
+        tokenizer.pre_tokenizer = cutter
+        tokenizer.add_special_tokens(special)
+        tokenizer.add_tokens(plain)
+        added = tokenizer.get_added_tokens_decoder()
+        self._tokenizer, self._literal = tokenizer, _literal_twin(tokenizer, added)
+        # Ids by the library's own numbers, of which 0 is a word.
+        self._added: dict[int, int] = {i: table.find(token.content) for i, token in added.items()}
+        self._added_ids = frozenset(self._added.values())
+        self.special_ids = frozenset(self._added[i] for i, token in added.items() if token.special)
+        self.size: int = table.size
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        """Segments text."""
+        tokenizer = self._tokenizer if parse_special else self._literal
+        # A batch of one: unlike ``encode`` it lets other Python threads run meanwhile.
+        (cut,) = tokenizer.encode_batch([text], add_special_tokens=False)
+        kinds, words = cut.ids, [text[start:end] for start, end in cut.offsets]
+        ids: list[int] = []
+        begin = 0
+        for place in [i for i, kind in enumerate(kinds) if kind]:
+            ids += self._table.encode(words[begin:place])
+            ids.append(self._added[kinds[place]])
+            begin = place + 1
+        ids += self._table.encode(words[begin:])
+        return ids
+
+    def piece(self, token_id: int) -> str:
+        """The text of a token, as stored."""
+        text: str = self._table.token(token_id)
+        return text
+
+    def find(self, piece: str) -> int | None:
+        """The id of a token by its stored text."""
+        token_id: int | None = self._table.find(piece)
+        return token_id
+
+    def piece_bytes(self, token_id: int) -> bytes:
+        """What a token stands for."""
+        text = self.piece(token_id)
+        return text.encode() if token_id in self._added_ids else bytes_of(text)
+
+
+def _literal_twin(tokenizer: LibraryTokenizer, added: Mapping[int, AddedToken]) -> LibraryTokenizer:
+    """A tokenizer like this one that reads the text of control tokens as text.
+
+    The two share the tables of the model, which is nearly all of their memory.
+    """
+    twin = LibraryTokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        twin.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        twin.pre_tokenizer = tokenizer.pre_tokenizer
+    for _, token in sorted(added.items()):
+        (twin.add_special_tokens if token.special else twin.add_tokens)([token])
+    if twin.get_added_tokens_decoder() != added:  # such as ids with gaps: copy everything then
+        twin = LibraryTokenizer.from_str(tokenizer.to_str())
+    twin.encode_special_tokens = True
+    return twin
 
 
 def rule_of(source: TokenizerSource) -> PreTokenizer:
@@ -155,15 +242,32 @@ def rule_of(source: TokenizerSource) -> PreTokenizer:
     return rule
 
 
-def build_bpe(source: TokenizerSource) -> LibraryModel:
-    """Builds the BPE model of a GGUF vocabulary.
+def build_bpe(source: TokenizerSource) -> TokenModel:
+    """Builds the BPE model of a GGUF vocabulary, on the native table where there is one.
 
     Raises:
         UnsupportedError: The pre-tokenizer is not known.
         CorruptFileError: Tokens and merges contradict each other.
     """
     rule = rule_of(source)
-    vocabulary = {token: token_id for token_id, token in enumerate(source.tokens)}
+    core = None if rule.nfc else _native_tables()  # its words are cut from the text as it stands
+    if core is None:
+        return library_model(source, rule)
+    table = core.BytePairTable(list(source.tokens), list(source.merges), rule.whole_words)
+    return NativeModel(table, _cutter(rule), *_added_tokens(source))
+
+
+def _native_tables() -> Any:
+    """The ``sagellm._core.text`` module, or None in a pure-Python install."""
+    try:
+        return importlib.import_module("sagellm._core").text
+    except ModuleNotFoundError:
+        return None
+
+
+def library_model(source: TokenizerSource, rule: PreTokenizer) -> LibraryModel:
+    """Builds the BPE model of a GGUF vocabulary on the library's tables, which takes longer."""
+    vocabulary = dict(zip(source.tokens, range(len(source.tokens)), strict=True))
     if len(vocabulary) != len(source.tokens):
         raise CorruptFileError("the vocabulary holds the same token twice")
     merges = [_merge_pair(merge) for merge in source.merges]
@@ -175,20 +279,32 @@ def build_bpe(source: TokenizerSource) -> LibraryModel:
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [_cutter(rule), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    special, plain = _added_tokens(source)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+    return LibraryModel(tokenizer, "byte_level")
+
+
+def _cutter(rule: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Cuts text into words."""
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    )
+
+
+def _added_tokens(source: TokenizerSource) -> tuple[list[AddedToken], list[AddedToken]]:
+    """Tokens that are found in text before it is cut into words: control tokens, and others."""
     special, plain = [], []
-    for token, kind in zip(source.tokens, source.token_types, strict=bool(source.token_types)):
+    normal = int(TokenType.NORMAL)  # most of them; comparing members of the enumeration is slow
+    for token_id in [i for i, kind in enumerate(source.token_types) if kind != normal]:
+        token, kind = source.tokens[token_id], source.token_types[token_id]
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
             special.append(AddedToken(token, special=True, normalized=False))
         elif kind == TokenType.USER_DEFINED:
             plain.append(AddedToken(token, special=False, normalized=False))
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(plain)
-    return LibraryModel(tokenizer, "byte_level")
+    return special, plain
 
 
 def _merge_pair(merge: str) -> tuple[str, str]:

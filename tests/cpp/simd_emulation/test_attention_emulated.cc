@@ -32,9 +32,16 @@ KernelTable emulated_avx512_bf16() {
 
 class EmulatedAttention : public ::testing::TestWithParam<KernelTable (*)()> {};
 
-TEST_P(EmulatedAttention, AgreesWithGeneric) { expect_agreement(GetParam()(), generic()); }
-TEST_P(EmulatedAttention, RowsAreBitwiseIndependent) { expect_row_independence(GetParam()()); }
-TEST_P(EmulatedAttention, SplitsMergeToTheSameBits) { expect_split_merge(GetParam()()); }
+TEST_P(EmulatedAttention, AgreesWithGeneric) {
+  for (const KvDtype dtype : kDtypes) expect_agreement(GetParam()(), generic(), dtype);
+}
+TEST_P(EmulatedAttention, RowsAreBitwiseIndependent) {
+  for (const KvDtype dtype : kDtypes) expect_row_independence(GetParam()(), dtype);
+}
+TEST_P(EmulatedAttention, SplitsMergeToTheSameBits) {
+  for (const KvDtype dtype : kDtypes) expect_split_merge(GetParam()(), dtype);
+}
+TEST_P(EmulatedAttention, WritesTheCodesOfGeneric) { expect_same_codes(GetParam()(), generic()); }
 TEST_P(EmulatedAttention, ElementwiseAgreesWithGeneric) {
   expect_elementwise_agreement(GetParam()(), generic());
 }

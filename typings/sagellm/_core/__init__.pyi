@@ -12,5 +12,6 @@ from . import sample
 from . import model
 from . import encoder
 from . import profiler
-__all__: list[str] = ['checkpoint', 'encoder', 'kernels', 'kv', 'model', 'ops', 'profiler', 'quant', 'runtime', 'sample']
+from . import text
+__all__: list[str] = ['checkpoint', 'encoder', 'kernels', 'kv', 'model', 'ops', 'profiler', 'quant', 'runtime', 'sample', 'text']
 __version__: str = '0.1.0.0'

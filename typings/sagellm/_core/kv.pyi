@@ -53,15 +53,15 @@ class KvCache:
         ...
 class KvStorage:
     """
-    Memory of the KV pages: bf16, packed for the attention kernels.
+    Memory of the KV pages, packed for the attention kernels.
     """
-    def __init__(self, num_blocks: typing.SupportsInt | typing.SupportsIndex, num_slots: typing.SupportsInt | typing.SupportsIndex, num_kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def __init__(self, num_blocks: typing.SupportsInt | typing.SupportsIndex, num_slots: typing.SupportsInt | typing.SupportsIndex, num_kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, dtype: str = 'bf16') -> None:
         ...
     def copy_block(self, source: typing.SupportsInt | typing.SupportsIndex, destination: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
-    def pages(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint16]:
+    def pages(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.ndarray:
         """
-        uint16 view [num_blocks + 1, kv_heads, 2 * block_size * head_dim].
+        View [num_blocks + 1, kv_heads, elements of a page]: uint16 in bf16, int8 in int8.
         """
     @property
     def bytes(self) -> int:
@@ -69,11 +69,14 @@ class KvStorage:
     @property
     def bytes_per_block(self) -> int:
         ...
+    @property
+    def dtype(self) -> str:
+        ...
 def benchmark(num_blocks: typing.SupportsInt | typing.SupportsIndex = 8192, block_size: typing.SupportsInt | typing.SupportsIndex = 32, blocks_per_request: typing.SupportsInt | typing.SupportsIndex = 64, num_requests: typing.SupportsInt | typing.SupportsIndex = 2000, repeat: typing.SupportsInt | typing.SupportsIndex = 5) -> dict:
     """
     Times the bookkeeping; medians in nanoseconds per block (allocate_free_ns, prefix_path_ns).
     """
-def bytes_per_block(num_slots: typing.SupportsInt | typing.SupportsIndex, num_kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex) -> int:
+def bytes_per_block(num_slots: typing.SupportsInt | typing.SupportsIndex, num_kv_heads: typing.SupportsInt | typing.SupportsIndex, head_dim: typing.SupportsInt | typing.SupportsIndex, block_size: typing.SupportsInt | typing.SupportsIndex, dtype: str = 'bf16') -> int:
     """
     Bytes of one block of a KvStorage of these sizes.
     """

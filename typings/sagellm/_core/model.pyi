@@ -107,11 +107,20 @@ class Decoder:
         """
     def attach_kv(self, storage: sagellm._core.kv.KvStorage) -> None:
         ...
+    def phase_times(self) -> dict:
+        """
+        Of the steps since then: {"steps", "seconds" inside `step`, "threads": per thread {phase: seconds},
+        which add up to "seconds"}.
+        """
     def step(self, token_ids: numpy.typing.NDArray[numpy.int32], positions: numpy.typing.NDArray[numpy.int32], query_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], block_copies: numpy.typing.NDArray[numpy.int32], logit_rows: numpy.typing.NDArray[numpy.int32], sampling: collections.abc.Sequence, return_logits: bool = False, return_hidden: bool = False) -> tuple:
         """
         Runs one step; returns (rows, logits | None, hidden | None). Rows are tuples (token_id,
         logprob | None, top_ids, top_logprobs, error | None), one per entry of `sampling`.
         Hidden states are those after the final norm.
+        """
+    def time_phases(self, enabled: bool) -> None:
+        """
+        Starts timing the phases of steps from zero, or stops. Not while a step runs.
         """
     @property
     def isa(self) -> str:

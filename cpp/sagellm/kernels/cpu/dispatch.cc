@@ -9,6 +9,7 @@ namespace sagellm::kernels {
 namespace {
 
 using Fill = void (*)(KernelTable&);
+using FillProbe = void (*)(ProbeLoops&);
 
 /// One instruction set that this build contains. A table inherits the entries of the previous one.
 struct Isa {
@@ -16,6 +17,7 @@ struct Isa {
   bool (*runs_on)(const CpuInfo&);
   Fill fill_matmul;
   Fill fill_ops;
+  FillProbe fill_probe_loops;
 };
 
 [[maybe_unused]] bool has_avx2(const CpuInfo& cpu) { return cpu.avx2 && cpu.fma && cpu.f16c; }
@@ -30,15 +32,17 @@ struct Isa {
 // SAGELLM_KERNELS_<ISA> comes from the build: the folders that its compiler can translate. The
 // conditions above are exactly the flags in cmake/isa_kernels.cmake.
 constexpr Isa kIsas[] = {
-    {"generic", [](const CpuInfo&) { return true; }, fill_matmul_generic, fill_ops_generic},
+    {"generic", [](const CpuInfo&) { return true; }, fill_matmul_generic, fill_ops_generic,
+     fill_probe_loops_generic},
 #if defined(SAGELLM_KERNELS_AVX2)
-    {"avx2", has_avx2, fill_matmul_avx2, fill_ops_avx2},
+    {"avx2", has_avx2, fill_matmul_avx2, fill_ops_avx2, fill_probe_loops_avx2},
 #endif
 #if defined(SAGELLM_KERNELS_AVX512)
-    {"avx512", has_avx512, fill_matmul_avx512, fill_ops_avx512},
+    {"avx512", has_avx512, fill_matmul_avx512, fill_ops_avx512, fill_probe_loops_avx512},
 #endif
 #if defined(SAGELLM_KERNELS_AVX512_BF16)
-    {"avx512_bf16", has_avx512_bf16, fill_matmul_avx512_bf16, fill_ops_avx512_bf16},
+    {"avx512_bf16", has_avx512_bf16, fill_matmul_avx512_bf16, fill_ops_avx512_bf16,
+     fill_probe_loops_avx512_bf16},
 #endif
 };
 
@@ -91,6 +95,16 @@ const KernelTable& kernel_table(std::string_view isa) {
     names += (names.empty() ? "" : ", ") + std::string(table.name);
   }
   fail<Unsupported>("no CPU kernels named '", isa, "' run on this machine; choose one of: ", names);
+}
+
+ProbeLoops probe_loops(std::string_view isa) {
+  const char* last = kernel_table(isa).name;  // throws when it does not run here
+  ProbeLoops loops{};
+  for (const Isa& each : kIsas) {
+    each.fill_probe_loops(loops);
+    if (last == std::string_view(each.name)) break;
+  }
+  return loops;
 }
 
 }  // namespace sagellm::kernels

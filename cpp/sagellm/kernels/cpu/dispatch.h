@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "sagellm/kernels/cpu/cpu_info.h"
+#include "sagellm/kernels/cpu/probe_loops.h"
 #include "sagellm/kernels/params.h"
 
 namespace sagellm::kernels {
@@ -21,5 +22,8 @@ const KernelTable& kernel_table();
 
 /// The table `isa`; throws Unsupported with the available names when this machine does not run it.
 const KernelTable& kernel_table(std::string_view isa);
+
+/// What a core can do at most with the instruction set `isa`; throws as `kernel_table(isa)`.
+ProbeLoops probe_loops(std::string_view isa);
 
 }  // namespace sagellm::kernels

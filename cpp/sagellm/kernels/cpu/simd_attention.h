@@ -1,17 +1,19 @@
 // Paged attention over vector registers, written once for every SIMD instruction set.
 //
-// Include after the folder's vmath.h and simd_math.h. `attend<Policy>` holds the control flow and
-// the softmax; the Policy holds the two inner products. Semantics: AttentionParams in params.h.
+// Include after the folder's vmath.h, simd_math.h and kv_page.h. `attend<Policy>` holds the control
+// flow and the softmax; the Policy holds the two inner products. Semantics: AttentionParams in
+// params.h.
 //
 // The order of floating-point operations is fixed for one (query row, output) whatever else the
 // call computes:
-//   1. score of a token: one or two fma chains over the head dimension (see the Policy), then their
-//   sum;
+//   1. score of a token: fma chains over the head dimension (see the Policy), then their sum;
+//   integer sums, exact in any order, in int8 pages;
 //   2. tile maximum: exact, hence order-free. If it exceeds m: c = exp2(m - max), l *= c, acc *= c,
 //   m = max;
 //   3. p = exp2(score - m), 0 where masked, in the Policy's precision; l += sum of the tile: lane
 //   sums over ascending tokens, one fixed tree;
-//   4. acc[d] gains p * v in ascending token order, in one chain;
+//   4. acc[d] gains p * v in ascending token order, in one chain; in int8 pages one integer sum per
+//   tile;
 //   5. splits are merged in ascending order by merge_state(), in attention() and in
 //   attention_finish() alike.
 // A tile without a visible token for a row leaves that row's state untouched; a token or V slot the
@@ -30,7 +32,8 @@ constexpr int kMaxRowGroup = 8;  // rows that share one pass over a tile
 
 struct AttentionScratch {
   alignas(64) float q[kAttentionRows * kMaxHeadDim];       // scaled queries of a widening policy
-  alignas(64) uint16_t q16[kAttentionRows * kMaxHeadDim];  // and of a bf16 policy
+  alignas(64) uint16_t q16[kAttentionRows * kMaxHeadDim];  // bfloat16 or codes in other policies
+  float q_scale[kAttentionRows];                           // of the codes
   alignas(64) float acc[kAttentionRows * kMaxHeadDim];     // state of the split being built
   alignas(64) float scores[kMaxRowGroup * kAttentionTile];
   alignas(64) uint16_t weights16[kMaxRowGroup * kAttentionTile];
@@ -45,13 +48,14 @@ struct StateView {
   float* acc;  // [rows][head_dim]
 };
 
-/// The sub-pages of one tile; entries outside [first, last) are not set.
+/// The sub-pages of one tile; entries outside [first, last) are not set. While a policy reads a
+/// line of a page it requests the same line of the page ahead, so that memory is busy all the time.
 struct TilePages {
-  const uint16_t* page[kTileSubPages];
-  const uint16_t*
-      ahead[kTileSubPages];  // what to prefetch meanwhile (never null when first <= i < last)
+  const uint8_t* page[kTileSubPages];
+  const uint8_t* ahead[kTileSubPages];
   int first;
   int last;
+  bool prefetch;
 };
 
 /// Token range [begin, end) that a row sees.
@@ -107,61 +111,123 @@ inline Range visible(const AttentionParams& p, int row) {
   return {p.window > 0 ? max_int(0, position - p.window + 1) : 0, position + 1};
 }
 
-inline const uint16_t* sub_page(const AttentionParams& p, int position) {
-  const int in_block = position % p.kv.block_size;
-  return p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
-         p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
+// ------------------------------------------------------------------------------------------------
+// Weighted values of bfloat16 pages: acc[r][d] += sum over the tokens of `seen` of w[r][token] *
+// v[token][d], for kRows rows that see the same tokens. Register block: kRows x kColumns vectors.
+template <class Policy, int kRows, int kColumns>
+inline void weigh_columns(const TilePages& tile, Range seen, const typename Policy::Weight* w,
+                          int head_dim, int d, float* acc) {
+  typename Policy::template Accumulator<kRows, kColumns> a;
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) a.acc[r][c] = load(acc + r * head_dim + d + c * kLanes);
+  }
+  const auto value = [&](int pair) {
+    return bf16_values(tile.page[pair / 8], head_dim) + (pair % 8) * 2 * head_dim + 2 * d;
+  };
+  if (seen.begin % 2 != 0) a.step(w + seen.begin - 1, value(seen.begin / 2), 0xffff0000u);
+  int pair = (seen.begin + 1) / 2;
+  while (pair < seen.end / 2) {
+    const uint16_t* v = value(pair);
+    const auto distance = tile.ahead[pair / 8] - tile.page[pair / 8];
+    const int stop = min_int(seen.end / 2, (pair / 8 + 1) * 8);
+    for (; pair < stop; ++pair, v += 2 * head_dim) {
+      if (tile.prefetch) {
+        for (int c = 0; c < kColumns * kLanes; c += 16)
+          prefetch_l2(reinterpret_cast<const uint8_t*>(v + 2 * c) + distance);
+      }
+      a.step(w + 2 * pair, v, 0xffffffffu);
+    }
+  }
+  if (seen.end % 2 != 0) a.step(w + seen.end - 1, value(seen.end / 2), 0x0000ffffu);
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) store(acc + r * head_dim + d + c * kLanes, a.acc[r][c]);
+  }
+}
+
+template <class Policy, int kRows, int kColumns = Policy::columns(kRows)>
+inline void weigh_pairs(const TilePages& tile, Range seen, const typename Policy::Weight* w,
+                        int head_dim, int d, float* acc) {
+  for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) {
+    weigh_columns<Policy, kRows, kColumns>(tile, seen, w, head_dim, d, acc);
+  }
+  if constexpr (kColumns * kLanes > 16)
+    weigh_pairs<Policy, kRows, kColumns / 2>(tile, seen, w, head_dim, d, acc);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Inner products on fp32 lanes: bfloat16 K and V are widened exactly. A score is two chains over
 // ascending dimension, even and odd, then even + odd.
 struct WidenPolicy {
-  using Query = float;
+  using Query = const float*;
   using Weight = float;
 
   static constexpr int columns(int rows) {  // accumulator registers per row in weigh()
-    return kLanes == 8 ? (rows == 1 ? 8 : rows <= 3 ? 4 : 2) : (rows <= 3 ? 8 : rows <= 6 ? 4 : 2);
+    return kLanes == 8 ? (rows == 1 ? 8 : rows == 2 ? 4 : 2) : (rows <= 3 ? 8 : rows <= 6 ? 4 : 2);
   }
   static constexpr int kRowGroup = kLanes == 8 ? 4 : 8;
+  static constexpr int kFullRows = 3;  // rows whose scores of a whole sub-page fit the registers
 
-  static Query* queries(AttentionScratch& s) { return s.q; }
-  static int query_stride(int head_dim) { return head_dim; }
-  static void prepare(const float* q, float factor, int head_dim, Query* out) {
+  static void prepare(const float* q, float factor, int head_dim, int row, AttentionScratch& s) {
     const Vec f = set(factor);
+    float* out = s.q + row * head_dim;
     for (int i = 0; i < head_dim; i += kLanes) store(out + i, mul(load(q + i), f));
+  }
+
+  static Query queries(const AttentionScratch& s, int row, int head_dim) {
+    return s.q + row * head_dim;
   }
 
   static Weight* weights(AttentionScratch& s) { return s.scores; }
   /// Stores the weights and returns their values as stored, which is what l sums.
-  static Vec store_weights(Weight* out, Vec p) {
+  static Vec store_weights(const TilePages&, int, int, Weight* out, Vec p) {
     store(out, p);
     return p;
   }
 
   template <int kRows, bool kPrefetch>
-  static void score(const Query* q, const uint16_t* page, const uint16_t* ahead, int head_dim,
-                    float* out) {
-    for (int half = 0; half < kSubPage / kLanes; ++half) {
-      Vec even[kRows], odd[kRows];
-      for (int r = 0; r < kRows; ++r) even[r] = odd[r] = zero();
-      const uint16_t* key = page + half * 2 * kLanes;
-      for (int i = 0; i < head_dim / 2; ++i) {
+  static void score(Query q, const uint8_t* page, const uint8_t* ahead, int head_dim, float* out) {
+    // As many halves of the sub-page at once as the registers hold: they share the queries.
+    constexpr int kHalves = kSubPage / kLanes, kParts = kRows <= kFullRows ? kHalves : 1;
+    for (int half = 0; half < kHalves; half += kParts) {
+      Vec even[kRows][kParts], odd[kRows][kParts];
+      for (int r = 0; r < kRows; ++r) {
+        for (int part = 0; part < kParts; ++part) even[r][part] = odd[r][part] = zero();
+      }
+      const uint16_t* key = bf16_keys(page) + half * 2 * kLanes;
+      for (int i = 0; i < head_dim / 2; ++i, key += 2 * kSubPage) {
         if constexpr (kPrefetch) {
-          // One K line and one V line per pair of dimensions, spread over the halves.
-          if (half == 0) prefetch_l2(ahead + i * 32);
-          if (half == kSubPage / kLanes - 1) prefetch_l2(ahead + kSubPage * head_dim + i * 32);
+          if (half == 0) prefetch_l2(ahead + i * 64);
         }
-        const IntVec pair = load_pairs(key + i * 2 * kSubPage);
-        const Vec k0 = even_element(pair), k1 = odd_element(pair);
+        Vec k[kParts];
+        for (int part = 0; part < kParts; ++part) {
+          k[part] = even_element(load_pairs(key + part * 2 * kLanes));
+        }
         for (int r = 0; r < kRows; ++r) {
-          even[r] = fma(set(q[r * head_dim + 2 * i]), k0, even[r]);
-          odd[r] = fma(set(q[r * head_dim + 2 * i + 1]), k1, odd[r]);
+          const Vec query = set(q[r * head_dim + 2 * i]);
+          for (int part = 0; part < kParts; ++part)
+            even[r][part] = fma(query, k[part], even[r][part]);
+        }
+        for (int part = 0; part < kParts; ++part) {
+          k[part] = odd_element(load_pairs(key + part * 2 * kLanes));
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const Vec query = set(q[r * head_dim + 2 * i + 1]);
+          for (int part = 0; part < kParts; ++part)
+            odd[r][part] = fma(query, k[part], odd[r][part]);
         }
       }
-      for (int r = 0; r < kRows; ++r)
-        store(out + r * kAttentionTile + half * kLanes, add(even[r], odd[r]));
+      for (int r = 0; r < kRows; ++r) {
+        for (int part = 0; part < kParts; ++part) {
+          store(out + r * kAttentionTile + (half + part) * kLanes,
+                add(even[r][part], odd[r][part]));
+        }
+      }
     }
+  }
+
+  template <int kRows>
+  static void weigh(const TilePages& tile, Range seen, const Weight* w, int head_dim, float* acc) {
+    weigh_pairs<WidenPolicy, kRows>(tile, seen, w, head_dim, 0, acc);
   }
 
   template <int kRows, int kColumns>
@@ -185,75 +251,42 @@ struct WidenPolicy {
   };
 };
 
-// ------------------------------------------------------------------------------------------------
-// Weighted values: acc[r][d] += sum over the tokens of `seen` of w[r][token] * v[token][d], for
-// kRows rows that see the same tokens. Register block: kRows x kColumns vectors.
-template <class Policy, int kRows, int kColumns>
-inline void weigh_columns(const TilePages& tile, Range seen, const typename Policy::Weight* w,
-                          int head_dim, int d, float* acc) {
-  typename Policy::template Accumulator<kRows, kColumns> a;
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) a.acc[r][c] = load(acc + r * head_dim + d + c * kLanes);
-  }
-  const auto value = [&](int pair) {
-    return tile.page[pair / 8] + kSubPage * head_dim + (pair % 8) * 2 * head_dim + 2 * d;
-  };
-  if (seen.begin % 2 != 0) a.step(w + seen.begin - 1, value(seen.begin / 2), 0xffff0000u);
-  int pair = (seen.begin + 1) / 2;
-  while (pair < seen.end / 2) {
-    const uint16_t* v = value(pair);
-    const int stop = min_int(seen.end / 2, (pair / 8 + 1) * 8);
-    for (; pair < stop; ++pair, v += 2 * head_dim) a.step(w + 2 * pair, v, 0xffffffffu);
-  }
-  if (seen.end % 2 != 0) a.step(w + seen.end - 1, value(seen.end / 2), 0x0000ffffu);
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) store(acc + r * head_dim + d + c * kLanes, a.acc[r][c]);
-  }
-}
-
-template <class Policy, int kRows, int kColumns = Policy::columns(kRows)>
-inline void weigh(const TilePages& tile, Range seen, const typename Policy::Weight* w, int head_dim,
-                  int d, float* acc) {
-  for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) {
-    weigh_columns<Policy, kRows, kColumns>(tile, seen, w, head_dim, d, acc);
-  }
-  if constexpr (kColumns * kLanes > 16)
-    weigh<Policy, kRows, kColumns / 2>(tile, seen, w, head_dim, d, acc);
-}
-
 template <class Policy, int kRows>
 inline void weigh_rows(int rows, const TilePages& tile, Range seen,
                        const typename Policy::Weight* w, int head_dim, float* acc) {
-  if (rows == kRows) return weigh<Policy, kRows>(tile, seen, w, head_dim, 0, acc);
+  if (rows == kRows) return Policy::template weigh<kRows>(tile, seen, w, head_dim, acc);
   if constexpr (kRows > 1) weigh_rows<Policy, kRows - 1>(rows, tile, seen, w, head_dim, acc);
 }
 
 template <class Policy, int kRows>
-inline void score_rows(int rows, const TilePages& tile, const typename Policy::Query* q,
-                       int head_dim, bool prefetch, float* scores) {
+inline void score_rows(int rows, const TilePages& tile, typename Policy::Query q, int head_dim,
+                       float* scores) {
   if (rows == kRows) {
     for (int s = tile.first; s < tile.last; ++s) {
       float* out = scores + s * kSubPage;
-      if (prefetch) {
+      if (tile.prefetch) {
         Policy::template score<kRows, true>(q, tile.page[s], tile.ahead[s], head_dim, out);
       } else {
         Policy::template score<kRows, false>(q, tile.page[s], nullptr, head_dim, out);
       }
     }
   } else if constexpr (kRows > 1) {
-    score_rows<Policy, kRows - 1>(rows, tile, q, head_dim, prefetch, scores);
+    score_rows<Policy, kRows - 1>(rows, tile, q, head_dim, scores);
   }
 }
 
-/// Steps 2 and 3 for one row; turns scores [first, last) sub-pages into weights.
-template <class Policy>
+/// Steps 2 and 3 for one row; turns scores [first, last) sub-pages into weights. With kAll the row
+/// sees every token of them, which selects nothing away.
+template <class Policy, bool kAll>
 inline void soften(const TilePages& tile, Range seen, int head_dim, const float* scores,
                    typename Policy::Weight* weights, float* m, float* l, float* acc) {
   const int begin = tile.first * kSubPage, end = tile.last * kSubPage;
+  const auto visible_or = [seen](int i, Vec v, float otherwise) {
+    return kAll ? v : select(range_mask(i, seen.begin, seen.end), v, set(otherwise));
+  };
   Vec top = set(kNegativeInfinity);
   for (int i = begin; i < end; i += kLanes) {
-    top = max(
-        top, select(range_mask(i, seen.begin, seen.end), load(scores + i), set(kNegativeInfinity)));
+    top = max(top, visible_or(i, load(scores + i), kNegativeInfinity));
   }
   const float tile_max = reduce_max(top);
   if (tile_max > *m) {
@@ -265,9 +298,8 @@ inline void soften(const TilePages& tile, Range seen, int head_dim, const float*
   const Vec mv = set(*m);
   Vec sum = zero();
   for (int i = begin; i < end; i += kLanes) {
-    const Vec p =
-        select(range_mask(i, seen.begin, seen.end), exp2(sub(load(scores + i), mv)), zero());
-    sum = add(sum, Policy::store_weights(weights + i, p));
+    const Vec p = visible_or(i, exp2(sub(load(scores + i), mv)), 0.f);
+    sum = add(sum, Policy::store_weights(tile, i, head_dim, weights + i, p));
   }
   *l = *l + reduce_add(sum);
 }
@@ -275,7 +307,7 @@ inline void soften(const TilePages& tile, Range seen, int head_dim, const float*
 /// One tile for rows [row, row + rows), rows <= Policy::kRowGroup. `seen` is relative to the tile.
 template <class Policy>
 inline void attend_group(const AttentionParams& p, AttentionScratch& s, const TilePages& pages,
-                         const Range* seen, int row, int rows, bool prefetch, StateView state) {
+                         const Range* seen, int row, int rows, StateView state) {
   const int head_dim = p.kv.head_dim;
   int first = kAttentionTile, last = 0;
   for (int r = 0; r < rows; ++r) {
@@ -288,9 +320,8 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
   tile.first = first / kSubPage;
   tile.last = (last + kSubPage - 1) / kSubPage;
 
-  score_rows<Policy, Policy::kRowGroup>(rows, tile,
-                                        Policy::queries(s) + row * Policy::query_stride(head_dim),
-                                        head_dim, prefetch, s.scores);
+  score_rows<Policy, Policy::kRowGroup>(rows, tile, Policy::queries(s, row, head_dim), head_dim,
+                                        s.scores);
   typename Policy::Weight* weights = Policy::weights(s);
   for (int r = 0; r < rows; ++r) {
     if (seen[r].begin >= seen[r].end) continue;
@@ -301,8 +332,10 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
         store(scores + i, mul(tanh(mul(load(scores + i), in)), out));
       }
     }
-    soften<Policy>(tile, seen[r], head_dim, scores, weights + r * kAttentionTile, &state.m[row + r],
-                   &state.l[row + r], state.acc + (row + r) * head_dim);
+    const bool all = seen[r].begin <= tile.first * kSubPage && seen[r].end >= tile.last * kSubPage;
+    const auto turn = all ? soften<Policy, true> : soften<Policy, false>;
+    turn(tile, seen[r], head_dim, scores, weights + r * kAttentionTile, &state.m[row + r],
+         &state.l[row + r], state.acc + (row + r) * head_dim);
   }
   for (int r = 0; r < rows;) {  // runs of rows with the same range: all rows inside the context, a
                                 // token's at its edge
@@ -312,6 +345,7 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
     if (seen[r].begin < seen[r].end) {
       weigh_rows<Policy, Policy::kRowGroup>(next - r, tile, seen[r], weights + r * kAttentionTile,
                                             head_dim, state.acc + (row + r) * head_dim);
+      tile.prefetch = false;
     }
     r = next;
   }
@@ -324,7 +358,6 @@ inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0
                          Range span, int prefetch_end, StateView state) {
   const int groups = (rows + Policy::kRowGroup - 1) / Policy::kRowGroup;
   const int group_rows = (rows + groups - 1) / groups;
-  const bool prefetch = groups == 1;
   for (int start = span.begin - span.begin % kAttentionTile; start < span.end;
        start += kAttentionTile) {
     TilePages pages;
@@ -332,8 +365,9 @@ inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0
     pages.last = (min_int(kAttentionTile, span.end - start) + kSubPage - 1) / kSubPage;
     for (int i = pages.first; i < pages.last; ++i) {
       const int position = start + i * kSubPage, ahead = position + kPrefetchTiles * kAttentionTile;
-      pages.page[i] = sub_page(p, position);
-      pages.ahead[i] = ahead < prefetch_end ? sub_page(p, ahead) : pages.page[i];
+      pages.page[i] = sub_page(p.kv, p.block_table, p.kv_head, position);
+      pages.ahead[i] =
+          ahead < prefetch_end ? sub_page(p.kv, p.block_table, p.kv_head, ahead) : pages.page[i];
     }
     for (int row = 0; row < rows; row += group_rows) {
       const int count = min_int(group_rows, rows - row);
@@ -343,7 +377,8 @@ inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0
         seen[r].begin = max_int(0, all.begin - start);
         seen[r].end = min_int(kAttentionTile, all.end - start);
       }
-      attend_group<Policy>(p, s, pages, seen, row, count, prefetch, state);
+      pages.prefetch = row == 0;
+      attend_group<Policy>(p, s, pages, seen, row, count, state);
     }
   }
 }
@@ -359,7 +394,7 @@ inline void attend(const AttentionParams& p) {
     for (int r = 0; r < rows; ++r) {
       const float* q =
           p.q + ((row0 + r) / p.group) * p.q_stride + ((row0 + r) % p.group) * head_dim;
-      Policy::prepare(q, factor, head_dim, Policy::queries(s) + r * Policy::query_stride(head_dim));
+      Policy::prepare(q, factor, head_dim, r, s);
     }
     const StateView out{p.m + row0, p.l + row0, p.acc + static_cast<int64_t>(row0) * head_dim};
     const StateView fresh{s.m, s.l, s.acc};

@@ -1,9 +1,9 @@
 // Element-wise kernels over vector registers, written once for every SIMD instruction set.
 //
-// Include after the folder's vmath.h and simd_math.h. A tail shorter than a register goes through
-// the same vector code on a zero-padded copy, so an element's result depends on its inputs only and
-// never on its place in the array or on how threads share the array. Sums run in an order fixed by
-// n alone.
+// Include after the folder's vmath.h, simd_math.h and kv_page.h. A tail shorter than a register
+// goes through the same vector code on a zero-padded copy, so an element's result depends on its
+// inputs only and never on its place in the array or on how threads share the array. Sums run in an
+// order fixed by n alone.
 #pragma once
 
 namespace sagellm::kernels {
@@ -195,18 +195,16 @@ double sum_exp(const float* x, float largest, int64_t n) {
   return double_reduce(sums);
 }
 
-/// Writes one token's K column and V row of a sub-page. `k` and `v` are rounded to nearest-even
-/// bfloat16.
-inline void write_token(uint16_t* page, int slot, int head_dim, const float* k, const float* v) {
+/// Writes one token's K column and V row of a bfloat16 sub-page, rounded to nearest even.
+inline void write_bf16(uint8_t* page, int slot, int head_dim, const float* k, const float* v) {
   alignas(64) uint16_t rounded[kMaxHeadDim];
   to_bf16(k, rounded, head_dim);
-  uint16_t* key = page + slot * 2;  // [head_dim / 2][16 tokens][2]
+  uint16_t* key = bf16_keys(page) + slot * 2;  // [head_dim / 2][16 tokens][2]
   for (int i = 0; i < head_dim / 2; ++i) {
     key[i * 2 * kSubPage] = rounded[2 * i];
     key[i * 2 * kSubPage + 1] = rounded[2 * i + 1];
   }
-  uint16_t* value =
-      page + kSubPage * head_dim + (slot / 2) * 2 * head_dim;  // [8 pairs][head_dim][2]
+  uint16_t* value = bf16_values(page, head_dim) + (slot / 2) * 2 * head_dim;  // [pair][head_dim][2]
   for (int d = 0; d < head_dim; d += kLanes) {
     const IntVec even_or_odd = round_bf16(load(v + d));
     uint16_t* pair = value + 2 * d;
@@ -215,15 +213,31 @@ inline void write_token(uint16_t* page, int slot, int head_dim, const float* k, 
   }
 }
 
+/// Codes of one row by the rule in params.h; returns the scale.
+inline float quantize_row(const float* x, int n, int8_t* codes) {
+  const CodeScale s = code_scale(x, n, 127.f);
+  const Vec inverse = set(s.inverse);
+  for (int i = 0; i < n; i += kLanes) {
+    store_low8(codes + i, round_to_int(mul(load(x + i), inverse)));
+  }
+  return s.scale;
+}
+
 void kv_write(const KvWriteParams& p) {
   const int head_dim = p.kv.head_dim;
+  alignas(64) int8_t k_codes[kMaxHeadDim], v_codes[kMaxHeadDim];
   for (int t = 0; t < p.num_tokens; ++t) {
-    const int position = p.first_position + t;
-    const int in_block = position % p.kv.block_size;
-    uint16_t* page = p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
-                     p.kv_head * p.kv.head_stride +
-                     (in_block / kSubPage) * (2 * kSubPage * head_dim);
-    write_token(page, in_block % kSubPage, head_dim, p.k + t * p.stride, p.v + t * p.stride);
+    const int position = p.first_position + t, slot = position % kSubPage;
+    uint8_t* page = sub_page(p.kv, p.block_table, p.kv_head, position);
+    const float* k = p.k + t * p.stride;
+    const float* v = p.v + t * p.stride;
+    if (p.kv.dtype == KvDtype::kBF16) {
+      write_bf16(page, slot, head_dim, k, v);
+      continue;
+    }
+    const float k_scale = quantize_row(k, head_dim, k_codes);
+    const float v_scale = quantize_row(v, head_dim, v_codes);
+    store_codes(page, slot, head_dim, k_codes, k_scale, v_codes, v_scale);
   }
 }
 

@@ -100,5 +100,27 @@ inline Vec gelu_erf(Vec x) {
   return select(less(x, set(-14.f)), zero(), mul(x, phi));
 }
 
+/// How a row of floats becomes signed integers of at most `largest_code`: code = round(x *
+/// inverse), x ~= code * scale.
+struct CodeScale {
+  float scale;
+  float inverse;
+};
+
+/// From the largest magnitude of n values, n a multiple of kLanes. Values too small to divide by
+/// give 0 and 0; one that is not finite gives a NaN scale, and codes of 0.
+inline CodeScale code_scale(const float* x, int n, float largest_code) {
+  Vec largest = zero(), sum = zero();  // sum: zeros, or NaN when a value is not finite
+  for (int i = 0; i < n; i += kLanes) {
+    const Vec v = load(x + i);
+    largest = max(abs(v), largest);
+    sum = fma(v, zero(), sum);
+  }
+  const float magnitude = reduce_max(largest), poison = reduce_add(sum);
+  if (poison != 0.f) return {__builtin_nanf(""), 0.f};
+  if (magnitude < kMinCodedMagnitude) return {0.f, 0.f};
+  return {magnitude / largest_code, largest_code / magnitude};
+}
+
 }  // namespace
 }  // namespace sagellm::kernels

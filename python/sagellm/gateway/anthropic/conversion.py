@@ -106,6 +106,13 @@ class _Turns:
                 self._text("system", _joined(message.content))
             else:
                 self._assistant(message)
+        if not self._turns:
+            raise ApiError(
+                400,
+                "messages hold no content; send some text",
+                code="invalid_value",
+                param="messages",
+            )
         return self._turns
 
     def _user(self, message: UserMessage, param: str) -> None:

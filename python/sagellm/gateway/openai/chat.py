@@ -6,10 +6,9 @@ import json
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
-from sagellm.gateway.context import RequestContext, context_of
+from sagellm.gateway.context import RequestContext
 from sagellm.gateway.conversation import (
     ChatOptions,
     ChatRun,
@@ -27,14 +26,10 @@ from sagellm.gateway.openai.chat_types import (
     NamedToolChoice,
     ResponseFormatField,
 )
-from sagellm.gateway.openai.common import (
-    STREAM_RESPONSES,
-    ends_with_error,
-    json_answer,
-    sampling_params,
-)
+from sagellm.gateway.openai.common import json_answer, sampling_params
+from sagellm.gateway.openai.generation_route import Events, generation_routers
 from sagellm.protocol import ResponseFormat
-from sagellm.serving import EventStream, RouterDef, until_disconnect
+from sagellm.serving import RouterDef
 
 if TYPE_CHECKING:
     from sagellm.gateway.gateway import Gateway
@@ -42,26 +37,16 @@ if TYPE_CHECKING:
 
 def routers(gateway: Gateway) -> dict[str, list[RouterDef]]:
     """The routes of this module."""
-
-    async def chat_completions(query: ChatCompletionRequest, request: Request) -> Response:
-        context = context_of(request)
-        if query.stream:
-            return await _stream(gateway, query, context)
-        return await until_disconnect(request, create_completion(gateway, query, context))
-
-    return {
-        "v1": [
-            RouterDef(
-                "chat/completions",
-                chat_completions,
-                summary="Continue a conversation",
-                request_model=ChatCompletionRequest,
-                response_model=ChatCompletion,
-                responses=STREAM_RESPONSES,
-                tags=("chat",),
-            )
-        ]
-    }
+    return generation_routers(
+        gateway,
+        "chat/completions",
+        summary="Continue a conversation",
+        tag="chat",
+        request_model=ChatCompletionRequest,
+        response_model=ChatCompletion,
+        create=create_completion,
+        stream=_stream,
+    )
 
 
 async def create_completion(
@@ -83,12 +68,11 @@ async def create_completion(
 
 async def _stream(
     gateway: Gateway, query: ChatCompletionRequest, context: RequestContext
-) -> EventStream:
+) -> Events:
     run = await start_chat(gateway, chat_options(gateway, query), context)
     header = new_header("chat.completion.chunk", gateway.model_name, context)
     writer = ChunkWriter(header, gateway.tokenizer, with_usage=query.wants_usage)
-    events = _events(run, writer, query.wants_continuous_usage)
-    return EventStream(ends_with_error(events, context), on_close=run.cancel)
+    return _events(run, writer, query.wants_continuous_usage), run.cancel
 
 
 async def _events(

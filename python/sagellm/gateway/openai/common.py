@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import Mapping
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.responses import Response
 
 from sagellm import __version__
-from sagellm.gateway.answers import encode, event, stream_error, stream_responses
+from sagellm.gateway.answers import encode
 from sagellm.gateway.conversation import Usage, invalid_values
 from sagellm.gateway.errors import ApiError
 from sagellm.gateway.request_model import WHOLE, RequestModel, explained, unsupported
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SYSTEM_FINGERPRINT = f"sagellm-{__version__}"
 DONE = b"data: [DONE]\n\n"
-STREAM_RESPONSES = stream_responses("`[DONE]` or an `error` event")
 LOWEST_LOGPROB = -9999.0
 """Stands for the logarithm of 0, which JSON has no number for; OpenAI's API does the same."""
 
@@ -324,20 +323,3 @@ def data_event(body: BaseModel | Mapping[str, Any]) -> bytes:
     if isinstance(body, BaseModel):
         body = body.model_dump(exclude_unset=True)
     return b"data: %b\n\n" % encode(body).encode()
-
-
-async def ends_with_error(
-    events: AsyncIterator[bytes], context: RequestContext
-) -> AsyncGenerator[bytes, None]:
-    """Passes events on; a failure becomes the last event, in the API's error shape.
-
-    Args:
-        events: Of a stream whose status is sent already.
-        context: Of the request.
-    """
-    try:
-        async for data in events:
-            yield data
-    except Exception as error:
-        answer = stream_error(error, context)
-        yield event("error", answer.openai(context.request_id)).encode()

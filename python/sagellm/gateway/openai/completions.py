@@ -7,16 +7,14 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from starlette.requests import Request
 from starlette.responses import Response
 
-from sagellm.gateway.context import RequestContext, context_of
+from sagellm.engine.async_engine import SHORT_TEXT_CHARS
+from sagellm.gateway.context import RequestContext
 from sagellm.gateway.conversation import Usage, build_request
 from sagellm.gateway.errors import ApiError
 from sagellm.gateway.openai.common import (
     DONE,
-    STREAM_RESPONSES,
-    ends_with_error,
     json_answer,
     sampling_params,
     usage_info,
@@ -31,9 +29,10 @@ from sagellm.gateway.openai.completion_types import (
     Completion,
     CompletionRequest,
 )
+from sagellm.gateway.openai.generation_route import Events, generation_routers
 from sagellm.protocol import LIMITS, SamplingParams
 from sagellm.protocol import Request as EngineRequest
-from sagellm.serving import EventStream, RouterDef, until_disconnect
+from sagellm.serving import RouterDef
 
 if TYPE_CHECKING:
     from sagellm.backends.interface import SampledRow
@@ -45,28 +44,16 @@ if TYPE_CHECKING:
 
 def routers(gateway: Gateway) -> dict[str, list[RouterDef]]:
     """The routes of this module."""
-
-    async def completions(query: CompletionRequest, request: Request) -> Response:
-        context = context_of(request)
-        if query.stream:
-            run = await start_run(gateway, query, context)
-            events = run.events(new_header(gateway.model_name, context))
-            return EventStream(ends_with_error(events, context), on_close=run.cancel)
-        return await until_disconnect(request, create_completion(gateway, query, context))
-
-    return {
-        "v1": [
-            RouterDef(
-                "completions",
-                completions,
-                summary="Continue prompts",
-                request_model=CompletionRequest,
-                response_model=Completion,
-                responses=STREAM_RESPONSES,
-                tags=("completions",),
-            )
-        ]
-    }
+    return generation_routers(
+        gateway,
+        "completions",
+        summary="Continue prompts",
+        tag="completions",
+        request_model=CompletionRequest,
+        response_model=Completion,
+        create=create_completion,
+        stream=_stream,
+    )
 
 
 async def create_completion(
@@ -98,6 +85,11 @@ async def create_completion(
             }
         )
     )
+
+
+async def _stream(gateway: Gateway, query: CompletionRequest, context: RequestContext) -> Events:
+    run = await start_run(gateway, query, context)
+    return run.events(new_header(gateway.model_name, context)), run.cancel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +232,10 @@ async def start_run(
         logprobs=query.logprobs,
         prompt_logprobs=query.logprobs if wants_prompt_rows else None,
     )
-    prompts = await asyncio.to_thread(_encode, gateway.tokenizer, given)
+    if sum(len(prompt) for prompt in given if isinstance(prompt, str)) <= SHORT_TEXT_CHARS:
+        prompts = _encode(gateway.tokenizer, given)
+    else:
+        prompts = await asyncio.to_thread(_encode, gateway.tokenizer, given)
     streams: list[GatewayStream] = []
     try:
         for prompt in prompts:

@@ -40,6 +40,10 @@ def chat_options(gateway: Gateway, query: CreateResponse) -> ChatOptions:
         messages.append({"role": "user", "content": query.input})
     else:
         messages += _Turns().read(query.input)
+    if not messages:
+        raise ApiError(
+            400, "input holds no turn; send a message", code="invalid_value", param="input"
+        )
     return ChatOptions(
         messages=messages,
         model=query.model,

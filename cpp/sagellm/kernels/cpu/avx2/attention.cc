@@ -1,4 +1,4 @@
-// AVX2 attention: bfloat16 K and V widened to fp32.
+// AVX2 attention: bfloat16 K and V widened to fp32, int8 codes multiplied as integers.
 #include "attention.h"
 
 #include "sagellm/kernels/params.h"
@@ -7,13 +7,18 @@
 // clang-format off
 #include "vmath.h"
 #include "../simd_math.h"
+#include "../kv_page.h"
 #include "../simd_attention.h"
+#include "../simd_attention_coded.h"
 // clang-format on
 
 namespace sagellm::kernels {
 namespace {
 
-void attention(const AttentionParams& p) { attend<WidenPolicy>(p); }
+void attention(const AttentionParams& p) {
+  if (p.kv.dtype == KvDtype::kI8) return attend<CodedPolicy>(p);
+  attend<WidenPolicy>(p);
+}
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 // clang-format off
 #include "vmath.h"
 #include "../simd_math.h"
+#include "../kv_page.h"
 #include "../simd_elementwise.h"
 // clang-format on
 

@@ -105,6 +105,11 @@ SAGELLM_INLINE void row_blocks_float(const MatmulParams& p, int64_t stride, int6
   }
 }
 
+/// Row blocks at once with three tokens: the 12 accumulators of two leave no room to widen 16-bit
+/// weights.
+template <PackedFormat kFormat>
+constexpr int kBlocksOfThree = kFormat == PackedFormat::kF32 ? 2 : 1;
+
 template <PackedFormat kFormat>
 void matmul_float(const MatmulParams& p) {
   const int64_t stride = (p.k + kStep<kFormat> - 1) / kStep<kFormat> * kStepBytes<kFormat>;
@@ -129,7 +134,7 @@ void matmul_float(const MatmulParams& p) {
     case 2:
       return row_blocks_float<kFormat, 2, 2>(p, stride, full);
     case 3:
-      return row_blocks_float<kFormat, 2, 3>(p, stride, full);
+      return row_blocks_float<kFormat, kBlocksOfThree<kFormat>, 3>(p, stride, full);
     case 4:
       return row_blocks_float<kFormat, 1, 4>(p, stride, full);
     case 5:

@@ -22,7 +22,8 @@
 namespace sagellm::kernels {
 namespace {
 
-constexpr int kGroup = 32;  // tokens that share one unpacking of the weights
+constexpr int kGroup = 32;      // tokens that share one unpacking of the weights
+constexpr int kManyTokens = 8;  // from here on arithmetic is the bound, not memory
 
 SAGELLM_INLINE __m256i load256(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -44,20 +45,19 @@ SAGELLM_INLINE __m256i broadcast64(const void* p) {
   return _mm256_set1_epi64x(value);
 }
 
-/// Keeps a running sum in its register: without it GCC turns the chains of integer additions into
-/// trees, whose many live products do not fit 16 registers.
-SAGELLM_INLINE void pin(__m256i& sum) { __asm__("" : "+x"(sum)); }
+/// Keeps a value in its register. Without it GCC turns the chains of integer additions into trees,
+/// whose many live products do not fit 16 registers, and loads codes again for every token.
+SAGELLM_INLINE void pin(__m256i& value) { __asm__("" : "+x"(value)); }
 
 // ----------------------------------------------------------------------------------------------
 // unpacking
 
-/// 0x10 in every byte whose bit is set in the 32 bits at `p`.
-SAGELLM_INLINE __m256i expand_bits(const uint8_t* p) {
-  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
-                                          2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-  const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
-  const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(broadcast32(p), spread), select);
-  return _mm256_and_si256(_mm256_cmpeq_epi8(bits, select), _mm256_set1_epi8(16));
+/// Bit kBit of every byte, moved to bit 4.
+template <int kBit>
+SAGELLM_INLINE __m256i take_bit(__m256i v) {
+  const __m256i mask = _mm256_set1_epi8(0x10);
+  if constexpr (kBit < 4) return _mm256_and_si256(_mm256_slli_epi16(v, 4 - kBit), mask);
+  return _mm256_and_si256(_mm256_srli_epi16(v, kBit - 4), mask);
 }
 
 /// Bits 2*kPair and 2*kPair+1 of every byte, moved to bits 4..5.
@@ -81,8 +81,9 @@ SAGELLM_INLINE void load_codes(const uint8_t* unit, int half, __m256i& low, __m2
     low = _mm256_and_si256(nibbles, mask);
     high = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), mask);
     if constexpr (L.bits == CodeBits::k5) {
-      low = _mm256_or_si256(low, expand_bits(unit + 256 + j * 8 + half * 4));
-      high = _mm256_or_si256(high, expand_bits(unit + 256 + (j + 4) * 8 + half * 4));
+      const __m256i bits = load256(unit + 256 + half * 32);
+      low = _mm256_or_si256(low, take_bit<j>(bits));
+      high = _mm256_or_si256(high, take_bit<j + 4>(bits));
     } else if constexpr (L.bits == CodeBits::k6) {
       const __m256i two = load256(unit + 256 + j % 2 * 64 + half * 32);
       low = _mm256_or_si256(low, take_two<j / 2>(two));
@@ -97,6 +98,21 @@ struct UnitPointer {
   const uint8_t* codes;
   int64_t index;  // in the group
 };
+
+/// Asks for the weights 2 KB behind the present group. Left to the hardware's prefetcher a core of
+/// Zen 3 reads one row block after the other at 60 to 77 % of what memory gives it, and K-quants,
+/// whose scales lie behind the codes, at 40 %; with this, at 90 % and more. Past the end of the
+/// matrix it asks for the next one, or for nothing: a prefetch does not fault.
+template <PackedFormat kFormat>
+SAGELLM_INLINE void prefetch_ahead(const uint8_t* row_block, int64_t index) {
+  constexpr QuantLayout L = quant_layout(kFormat);
+  constexpr int64_t kBytes = L.group_bytes / L.units;
+  const uint8_t* ahead = row_block + index * kBytes + L.group_bytes + 2048;
+#pragma GCC unroll 9
+  for (int64_t i = 0; i < kBytes; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+  }
+}
 
 template <PackedFormat kFormat>
 SAGELLM_INLINE UnitPointer unit_pointer(const uint8_t* row_block, int64_t index) {
@@ -153,8 +169,9 @@ struct TileInput {
   const float* d;
   const float* s;
   const int32_t* sum16;
-  int64_t k;      // from one token to the next in q
-  int64_t units;  // from one token to the next in d, s (and sum16 / 2)
+  const int16_t* words;  // word path: [tokens][kUnit], widened
+  int64_t k;             // from one token to the next in q
+  int64_t units;         // from one token to the next in d, s (and sum16 / 2)
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -208,12 +225,17 @@ SAGELLM_INLINE void dot_bytes(const ByteUnit& w, const int8_t* q, int64_t k,
     __m256i partial[kTokens][2];
 #pragma GCC unroll 8
     for (int g = g0; g < g0 + kStep; ++g) {
+      __m256i code[2] = {w.code[0][g], w.code[1][g]};
+      if constexpr (kTokens > 2) {
+        pin(code[0]);  // loaded once, not once per token
+        pin(code[1]);
+      }
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
         const __m256i x = broadcast32(q + t * k + 4 * g);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          const __m256i product = _mm256_maddubs_epi16(w.code[half][g], x);
+          const __m256i product = _mm256_maddubs_epi16(code[half], x);
           partial[t][half] = g == g0 ? product : _mm256_add_epi16(partial[t][half], product);
           pin(partial[t][half]);
         }
@@ -284,6 +306,9 @@ struct BytePath {
   using Unit = ByteUnit;
   // Formats that need int32 partial sums keep fewer tokens in registers.
   static constexpr int kTile = int16_groups(kFormat) == 8 ? 4 : 2;
+  static constexpr int kBlocks = 1;
+
+  static SAGELLM_INLINE void prepare(const TileInput&, int64_t, int16_t*) {}
 
   template <int kTokens>
   static SAGELLM_INLINE void tile(const Unit& w, const TileInput& x, __m256 (*acc)[2]) {
@@ -360,22 +385,14 @@ SAGELLM_INLINE void widen(const int8_t* q, const int8_t* q_lo, int16_t* out) {
   }
 }
 
-template <PackedFormat kFormat, bool kA15, int kTokens>
+template <PackedFormat kFormat, int kTokens>
 SAGELLM_INLINE void tile_words(const WordUnit& w, const TileInput& x, __m256 (*acc)[2]) {
-  alignas(32) int16_t words[kTokens][kUnit];
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) {
-    widen<kA15>(x.q + t * x.k, kA15 ? x.q_lo + t * x.k : nullptr, words[t]);
-  }
-  __asm__(
-      ""
-      : "+m"(words));  // broadcasts shall come from memory, not out of the registers just stored
   __m256i sum[kTokens][2];
 #pragma GCC unroll 16
   for (int e = 0; e < 16; ++e) {
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
-      const __m256i pair = broadcast32(words[t] + 2 * e);
+      const __m256i pair = broadcast32(x.words + t * kUnit + 2 * e);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const __m256i dot = _mm256_madd_epi16(w.code[half][e], pair);
@@ -398,27 +415,36 @@ template <PackedFormat kFormat, bool kA15>
 struct WordPath {
   using Unit = WordUnit;
   static constexpr int kTile = 4;
+  static constexpr int kBlocks = 4;  // share one widening of the activations
+
+  static SAGELLM_INLINE void prepare(const TileInput& x, int64_t count, int16_t* words) {
+    for (int64_t t = 0; t < count; ++t) {
+      widen<kA15>(x.q + t * x.k, kA15 ? x.q_lo + t * x.k : nullptr, words + t * kUnit);
+    }
+    __asm__("" : : "r"(words) : "memory");  // broadcasts shall come from memory
+  }
 
   template <int kTokens>
   static SAGELLM_INLINE void tile(const Unit& w, const TileInput& x, __m256 (*acc)[2]) {
-    tile_words<kFormat, kA15, kTokens>(w, x, acc);
+    tile_words<kFormat, kTokens>(w, x, acc);
   }
 };
 
 // -------------------------------------------------------------------------------------------------
 // drivers
 
-template <typename Path>
+template <typename Path, int kMaxTokens>
 SAGELLM_INLINE void tail_tile(int64_t tokens, const typename Path::Unit& w, const TileInput& x,
                               __m256 (*acc)[2]) {
   if (tokens == 1) return Path::template tile<1>(w, x, acc);
-  if constexpr (Path::kTile > 2) {
+  if constexpr (kMaxTokens > 2 && Path::kTile > 2) {
     if (tokens == 2) return Path::template tile<2>(w, x, acc);
     if (tokens == 3) return Path::template tile<3>(w, x, acc);
   }
 }
 
-SAGELLM_INLINE TileInput tile_input(const MatmulParams& p, int64_t token, int64_t unit) {
+SAGELLM_INLINE TileInput tile_input(const MatmulParams& p, const int16_t* words, int64_t token,
+                                    int64_t unit) {
   const int64_t units = p.k / kUnit;
   const int64_t block = token * units + unit;
   const int64_t q = block * kUnit;
@@ -427,43 +453,46 @@ SAGELLM_INLINE TileInput tile_input(const MatmulParams& p, int64_t token, int64_
           p.x.d + block,
           p.x.s + block,
           p.x.sum16 + 2 * block,
+          words,
           p.k,
           units};
 }
 
-/// One row block x one token: everything stays in registers.
-template <PackedFormat kFormat, typename Path>
-void row_block_one(const MatmulParams& p, const uint8_t* row_block, float* out) {
-  __m256 acc[1][2] = {{_mm256_setzero_ps(), _mm256_setzero_ps()}};
-  const int64_t units = p.k / kUnit;
-  for (int64_t u = 0; u < units; ++u) {
-    typename Path::Unit w;
-    unpack<kFormat>(row_block, u, w);
-    Path::template tile<1>(w, tile_input(p, 0, u), acc);
+/// kBlocks row blocks x `count` <= kMaxTokens tokens from `token`.
+template <PackedFormat kFormat, typename Path, int kBlocks, int kMaxTokens>
+void row_block_group(const MatmulParams& p, const uint8_t* row_blocks, int64_t stride,
+                     int64_t token, int64_t count, float* out) {
+  if constexpr (kMaxTokens == 1) count = 1;  // known: the accumulators stay in registers
+  __m256 acc[kBlocks][kMaxTokens][2];
+  for (int b = 0; b < kBlocks; ++b) {
+    for (int64_t t = 0; t < count; ++t) acc[b][t][0] = acc[b][t][1] = _mm256_setzero_ps();
   }
-  _mm256_storeu_ps(out, acc[0][0]);
-  _mm256_storeu_ps(out + 8, acc[0][1]);
-}
-
-/// One row block x `count` <= kGroup tokens from `token`.
-template <PackedFormat kFormat, typename Path>
-void row_block_group(const MatmulParams& p, const uint8_t* row_block, int64_t token, int64_t count,
-                     float* out) {
-  __m256 acc[kGroup][2];
-  for (int64_t t = 0; t < count; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  typename Path::Unit w;
+  alignas(32) int16_t words[kMaxTokens * kUnit];
   const int64_t units = p.k / kUnit;
   for (int64_t u = 0; u < units; ++u) {
-    unpack<kFormat>(row_block, u, w);
-    int64_t t = 0;
-    for (; t + Path::kTile <= count; t += Path::kTile) {
-      Path::template tile<Path::kTile>(w, tile_input(p, token + t, u), acc + t);
+    Path::prepare(tile_input(p, nullptr, token, u), count, words);
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint8_t* row_block = row_blocks + b * stride;
+      prefetch_ahead<kFormat>(row_block, u);
+      typename Path::Unit w;
+      unpack<kFormat>(row_block, u, w);
+      int64_t t = 0;
+      if constexpr (kMaxTokens >= Path::kTile) {
+        for (; t + Path::kTile <= count; t += Path::kTile) {
+          const TileInput x = tile_input(p, words + t * kUnit, token + t, u);
+          Path::template tile<Path::kTile>(w, x, acc[b] + t);
+        }
+      }
+      tail_tile<Path, kMaxTokens>(count - t, w, tile_input(p, words + t * kUnit, token + t, u),
+                                  acc[b] + t);
     }
-    tail_tile<Path>(count - t, w, tile_input(p, token + t, u), acc + t);
   }
-  for (int64_t t = 0; t < count; ++t) {
-    _mm256_storeu_ps(out + t * p.out_stride, acc[t][0]);
-    _mm256_storeu_ps(out + t * p.out_stride + 8, acc[t][1]);
+  for (int b = 0; b < kBlocks; ++b) {
+    for (int64_t t = 0; t < count; ++t) {
+      float* row = out + t * p.out_stride + b * kRowBlock;
+      _mm256_storeu_ps(row, acc[b][t][0]);
+      _mm256_storeu_ps(row + 8, acc[b][t][1]);
+    }
   }
 }
 
@@ -474,48 +503,56 @@ SAGELLM_INLINE int64_t tokens_in_cache(int64_t bytes_per_token) {
   return (groups > 0 ? groups : 1) * kGroup;
 }
 
-template <PackedFormat kFormat, typename Path>
-void matmul_units(const MatmulParams& p) {
+/// kBlocks row blocks from `rb` x the tokens [begin, end), in groups of kMaxTokens.
+template <PackedFormat kFormat, typename Path, int kBlocks, int kMaxTokens>
+SAGELLM_INLINE void row_block_tokens(const MatmulParams& p, int64_t rb, int64_t begin,
+                                     int64_t end) {
   constexpr QuantLayout L = quant_layout(kFormat);
   const int64_t stride = p.k / (kUnit * L.units) * L.group_bytes;
-  const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
+  const uint8_t* row_blocks = static_cast<const uint8_t*>(p.weights) + rb * stride;
+  for (int64_t t = begin; t < end; t += kMaxTokens) {
+    const int64_t count = end - t < kMaxTokens ? end - t : kMaxTokens;
+    float* out = p.out + t * p.out_stride + rb * kRowBlock;
+    row_block_group<kFormat, Path, kBlocks, kMaxTokens>(p, row_blocks, stride, t, count, out);
+  }
+}
+
+template <PackedFormat kFormat, typename Path, int kMaxTokens>
+void matmul_units(const MatmulParams& p) {
+  constexpr int kBlocks = kMaxTokens == 1 ? 1 : Path::kBlocks;
   const int64_t cached = tokens_in_cache(p.k * (p.x.q_lo != nullptr ? 2 : 1));
   for (int64_t t0 = 0; t0 < p.num_tokens; t0 += cached) {
     const int64_t t1 = p.num_tokens - t0 < cached ? p.num_tokens : t0 + cached;
-    for (int64_t rb = p.row_block_begin; rb < p.row_block_end; ++rb) {
-      for (int64_t t = t0; t < t1; t += kGroup) {
-        const int64_t count = t1 - t < kGroup ? t1 - t : kGroup;
-        float* out = p.out + t * p.out_stride + rb * kRowBlock;
-        row_block_group<kFormat, Path>(p, weights + rb * stride, t, count, out);
+    int64_t rb = p.row_block_begin;
+    if constexpr (kBlocks > 1) {
+      // With few tokens the weights come from memory, which likes one stream best.
+      const int64_t end = p.num_tokens < kManyTokens ? rb : p.row_block_end;
+      for (; rb + kBlocks <= end; rb += kBlocks) {
+        row_block_tokens<kFormat, Path, kBlocks, kMaxTokens>(p, rb, t0, t1);
       }
+    }
+    for (; rb < p.row_block_end; ++rb) {
+      row_block_tokens<kFormat, Path, 1, kMaxTokens>(p, rb, t0, t1);
     }
   }
 }
 
 template <PackedFormat kFormat, typename Path>
-void matvec_units(const MatmulParams& p) {
-  constexpr QuantLayout L = quant_layout(kFormat);
-  const int64_t stride = p.k / (kUnit * L.units) * L.group_bytes;
-  const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
-  for (int64_t rb = p.row_block_begin; rb < p.row_block_end; ++rb) {
-    row_block_one<kFormat, Path>(p, weights + rb * stride, p.out + rb * kRowBlock);
-  }
+SAGELLM_INLINE void matmul_by(const MatmulParams& p) {
+  if (p.num_tokens == 1) return matmul_units<kFormat, Path, 1>(p);
+  return matmul_units<kFormat, Path, kGroup>(p);
 }
 
 template <PackedFormat kFormat>
 void matmul_quantized(const MatmulParams& p) {
   const bool a15 = p.x.q_lo != nullptr;
-  const bool one = p.num_tokens == 1;
   if constexpr (quant_layout(kFormat).bits == CodeBits::k8) {
-    if (one && a15) return matvec_units<kFormat, WordPath<kFormat, true>>(p);
-    if (one) return matvec_units<kFormat, WordPath<kFormat, false>>(p);
-    if (a15) return matmul_units<kFormat, WordPath<kFormat, true>>(p);
-    return matmul_units<kFormat, WordPath<kFormat, false>>(p);
+    if (a15) return matmul_by<kFormat, WordPath<kFormat, true>>(p);
+    return matmul_by<kFormat, WordPath<kFormat, false>>(p);
   } else {
-    if (one && a15) return matvec_units<kFormat, BytePath<kFormat, true>>(p);
-    if (one) return matvec_units<kFormat, BytePath<kFormat, false>>(p);
-    if (a15) return matmul_units<kFormat, WordPath<kFormat, true>>(p);
-    return matmul_units<kFormat, BytePath<kFormat, false>>(p);
+    if (!a15) return matmul_by<kFormat, BytePath<kFormat, false>>(p);
+    if (p.num_tokens == 1) return matmul_units<kFormat, BytePath<kFormat, true>, 1>(p);
+    return matmul_units<kFormat, WordPath<kFormat, true>, kGroup>(p);
   }
 }
 

@@ -91,6 +91,31 @@ inline IntVec or_high16(IntVec low, IntVec value16) {
   return _mm256_or_si256(low, _mm256_slli_epi32(value16, 16));
 }
 
+// Integer codes.
+inline IntVec zero_int() { return _mm256_setzero_si256(); }
+/// 2 * kLanes bytes to signed 16-bit pairs.
+inline IntVec load_code_pairs(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline IntVec broadcast_pair(const uint16_t* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return _mm256_set1_epi32(pair);
+}
+/// acc + even * even + odd * odd per 32-bit lane of signed 16-bit pairs.
+inline IntVec dot_codes(IntVec acc, IntVec a, IntVec b) {
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+  __asm__("" : "+x"(acc));  // a chain: GCC would reassociate it and keep its terms in memory
+  return acc;
+}
+/// Stores the low bytes of the lanes, consecutively.
+inline void store_low8(int8_t* p, IntVec v) {
+  const __m256i low = keep_bits(v, 0xffu);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  const __m128i words128 = _mm256_castsi256_si128(words);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words128, words128));
+}
+
 /// Fixed reduction trees: (i, i+4), (i, i+2), (0, 1).
 inline float reduce_add(Vec v) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

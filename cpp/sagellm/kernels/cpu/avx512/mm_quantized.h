@@ -44,11 +44,12 @@ struct Unit {
   __m512 m;
 };
 
-/// Adds 16 to the bytes whose bit is set in the 64 bits at `p`.
-SAGELLM_INLINE __m512i add_high_bits(__m512i low, const uint8_t* p) {
-  uint64_t bits;
-  __builtin_memcpy(&bits, p, 8);
-  return _mm512_mask_add_epi8(low, static_cast<__mmask64>(bits), low, _mm512_set1_epi8(16));
+/// Bit kBit of every byte, moved to bit 4.
+template <int kBit>
+SAGELLM_INLINE __m512i take_bit(__m512i v) {
+  const __m512i mask = _mm512_set1_epi8(0x10);
+  if constexpr (kBit < 4) return _mm512_and_si512(_mm512_slli_epi16(v, 4 - kBit), mask);
+  return _mm512_and_si512(_mm512_srli_epi16(v, kBit - 4), mask);
 }
 
 /// Bits 2*kPair and 2*kPair+1 of every byte, moved to bits 4..5.
@@ -72,8 +73,9 @@ SAGELLM_INLINE void load_codes(const uint8_t* unit, __m512i (&code)[8]) {
     code[j] = _mm512_and_si512(nibbles, mask);
     code[j + 4] = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), mask);
     if constexpr (L.bits == CodeBits::k5) {
-      code[j] = add_high_bits(code[j], unit + 256 + j * 8);
-      code[j + 4] = add_high_bits(code[j + 4], unit + 256 + (j + 4) * 8);
+      const __m512i high = _mm512_loadu_si512(unit + 256);
+      code[j] = _mm512_or_si512(code[j], take_bit<j>(high));
+      code[j + 4] = _mm512_or_si512(code[j + 4], take_bit<j + 4>(high));
     } else if constexpr (L.bits == CodeBits::k6) {
       const __m512i two = _mm512_loadu_si512(unit + 256 + j % 2 * 64);
       code[j] = _mm512_or_si512(code[j], take_two<j / 2>(two));

@@ -88,6 +88,24 @@ inline IntVec or_high16(IntVec low, IntVec value16) {
   return _mm512_or_si512(low, _mm512_slli_epi32(value16, 16));
 }
 
+// Integer codes.
+inline IntVec zero_int() { return _mm512_setzero_si512(); }
+/// 2 * kLanes bytes to signed 16-bit pairs.
+inline IntVec load_code_pairs(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline IntVec broadcast_pair(const uint16_t* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return _mm512_set1_epi32(pair);
+}
+/// acc + even * even + odd * odd per 32-bit lane of signed 16-bit pairs.
+inline IntVec dot_codes(IntVec acc, IntVec a, IntVec b) { return _mm512_dpwssd_epi32(acc, a, b); }
+/// Stores the low bytes of the lanes, consecutively.
+inline void store_low8(int8_t* p, IntVec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+
 inline __m256 low_half(Vec v) { return _mm512_castps512_ps256(v); }
 inline __m256 high_half(Vec v) {
   return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));

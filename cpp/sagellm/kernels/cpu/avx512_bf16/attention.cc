@@ -8,7 +8,9 @@
 // clang-format off
 #include "vmath_bf16.h"
 #include "../simd_math.h"
+#include "../kv_page.h"
 #include "../simd_attention.h"
+#include "../simd_attention_coded.h"
 // clang-format on
 
 namespace sagellm::kernels {
@@ -18,21 +20,24 @@ namespace {
 /// output is one chain over the token pairs. One lane of vdpbf16ps adds the odd product after the
 /// even one.
 struct PairPolicy {
-  using Query = uint16_t;
+  using Query = const uint16_t*;
   using Weight = uint16_t;
 
   static constexpr int columns(int rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : 2; }
   static constexpr int kRowGroup = 8;
 
-  static Query* queries(AttentionScratch& s) { return s.q16; }
-  static int query_stride(int head_dim) { return head_dim; }
-  static void prepare(const float* q, float factor, int head_dim, Query* out) {
+  static void prepare(const float* q, float factor, int head_dim, int row, AttentionScratch& s) {
     const Vec f = set(factor);
+    uint16_t* out = s.q16 + row * head_dim;
     for (int i = 0; i < head_dim; i += kLanes) store_bf16(out + i, mul(load(q + i), f));
   }
 
+  static Query queries(const AttentionScratch& s, int row, int head_dim) {
+    return s.q16 + row * head_dim;
+  }
+
   static Weight* weights(AttentionScratch& s) { return s.weights16; }
-  static Vec store_weights(Weight* out, Vec p) {
+  static Vec store_weights(const TilePages&, int, int, Weight* out, Vec p) {
     const Vec rounded =
         round_positive_bf16(p);  // summed as rounded, so that the weights add up to one
     store_bf16(out, rounded);
@@ -40,18 +45,15 @@ struct PairPolicy {
   }
 
   template <int kRows, bool kPrefetch>
-  static void score(const Query* q, const uint16_t* page, const uint16_t* ahead, int head_dim,
-                    float* out) {
+  static void score(Query q, const uint8_t* page, const uint8_t* ahead, int head_dim, float* out) {
     Vec first[kRows], second[kRows];
     for (int r = 0; r < kRows; ++r) first[r] = second[r] = zero();
     for (int d = 0; d < head_dim; d += 4) {
-      const uint16_t* key = page + d * kSubPage;
+      const uint16_t* key = bf16_keys(page) + d * kSubPage;
       if constexpr (kPrefetch) {
-        const uint16_t* next = ahead + d * kSubPage;
+        const uint8_t* next = ahead + d * 2 * kSubPage;
         prefetch_l2(next);
-        prefetch_l2(next + 32);
-        prefetch_l2(next + kSubPage * head_dim);
-        prefetch_l2(next + kSubPage * head_dim + 32);
+        prefetch_l2(next + 64);
       }
       const IntVec k0 = load_pairs(key), k1 = load_pairs(key + 2 * kSubPage);
       for (int r = 0; r < kRows; ++r) {
@@ -60,6 +62,11 @@ struct PairPolicy {
       }
     }
     for (int r = 0; r < kRows; ++r) store(out + r * kAttentionTile, add(first[r], second[r]));
+  }
+
+  template <int kRows>
+  static void weigh(const TilePages& tile, Range seen, const Weight* w, int head_dim, float* acc) {
+    weigh_pairs<PairPolicy, kRows>(tile, seen, w, head_dim, 0, acc);
   }
 
   template <int kRows, int kColumns>
@@ -78,7 +85,10 @@ struct PairPolicy {
   };
 };
 
-void attention(const AttentionParams& p) { attend<PairPolicy>(p); }
+void attention(const AttentionParams& p) {
+  if (p.kv.dtype == KvDtype::kI8) return attend<CodedPolicy>(p);
+  attend<PairPolicy>(p);
+}
 
 }  // namespace
 

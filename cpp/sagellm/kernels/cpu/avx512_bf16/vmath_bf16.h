@@ -10,11 +10,6 @@ namespace {
 inline Vec dot_pairs(Vec acc, IntVec a, IntVec b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
-inline IntVec broadcast_pair(const uint16_t* p) {
-  int pair;
-  __builtin_memcpy(&pair, p, sizeof(pair));
-  return _mm512_set1_epi32(pair);
-}
 /// Nearest bfloat16 value of x >= 0, ties upwards; NaN stays NaN.
 inline Vec round_positive_bf16(Vec x) {
   return as_float(keep_bits(_mm512_add_epi32(bits_of(x), _mm512_set1_epi32(0x8000)), 0xffff0000u));

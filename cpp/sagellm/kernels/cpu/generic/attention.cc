@@ -1,6 +1,7 @@
 // Paged attention in plain C++, one query row at a time: the specification of the SIMD versions.
 #include "attention.h"
 
+#include "../kv_page.h"
 #include "scalar_math.h"
 
 namespace sagellm::kernels {
@@ -42,10 +43,43 @@ void merge(State& a, const State& b, int head_dim) {
   for (int d = 0; d < head_dim; ++d) a.acc[d] = a.acc[d] * ca + b.acc[d] * cb;
 }
 
-const uint16_t* sub_page(const AttentionParams& p, int position) {
-  const int in_block = position % p.kv.block_size;
-  return p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
-         p.kv_head * p.kv.head_stride + (in_block / kSubPage) * (2 * kSubPage * p.kv.head_dim);
+/// Adds q.k to the scores of one sub-page. Tokens that no row sees may hold anything; nobody reads
+/// their score.
+void score_bf16(const uint8_t* page, const float* q, int head_dim, float* scores) {
+  const uint16_t* key = bf16_keys(page);
+  for (int i = 0; i < head_dim / 2; ++i, key += 2 * kSubPage) {
+    for (int t = 0; t < kSubPage; ++t) {
+      scores[t] += q[2 * i] * bf16_to_float(key[2 * t]);
+      scores[t] += q[2 * i + 1] * bf16_to_float(key[2 * t + 1]);
+    }
+  }
+}
+
+void score_coded(const uint8_t* page, const float* q, int head_dim, float* scores) {
+  const CodedPage coded = coded_page(page, head_dim);
+  const int8_t* key = coded.keys;
+  for (int i = 0; i < head_dim / 2; ++i, key += 2 * kSubPage) {
+    for (int t = 0; t < kSubPage; ++t) {
+      scores[t] += q[2 * i] * static_cast<float>(key[2 * t]);
+      scores[t] += q[2 * i + 1] * static_cast<float>(key[2 * t + 1]);
+    }
+  }
+  for (int t = 0; t < kSubPage; ++t) scores[t] *= coded.key_scales[t];
+}
+
+/// acc += weight * v of the token in `slot` of a sub-page.
+void weigh(const KvView& kv, const uint8_t* page, int slot, float weight, float* acc) {
+  const int head_dim = kv.head_dim, place = (slot / 2) * 2 * head_dim + slot % 2;
+  if (kv.dtype == KvDtype::kBF16) {
+    const uint16_t* value = bf16_values(page, head_dim) + place;
+    for (int d = 0; d < head_dim; ++d) acc[d] += weight * bf16_to_float(value[2 * d]);
+  } else {
+    const CodedPage coded = coded_page(page, head_dim);
+    const float scaled = weight * coded.value_scales[slot];
+    for (int d = 0; d < head_dim; ++d) {
+      acc[d] += scaled * static_cast<float>(coded.values[place + 2 * d]);
+    }
+  }
 }
 
 /// Folds the tokens [begin, end), all of one tile, into the state.
@@ -55,16 +89,10 @@ void add_tile(const AttentionParams& p, const float* q, int begin, int end, Stat
   float scores[kAttentionTile];
   const int first_page = begin - begin % kSubPage;
   for (int position = first_page; position < end; position += kSubPage) {
-    const uint16_t* key = sub_page(p, position);
+    const uint8_t* page = sub_page(p.kv, p.block_table, p.kv_head, position);
     float* s = scores + (position - tile);
     for (int t = 0; t < kSubPage; ++t) s[t] = 0.f;
-    for (int i = 0; i < head_dim / 2; ++i, key += 2 * kSubPage) {
-      for (int t = 0; t < kSubPage;
-           ++t) {  // tokens outside [begin, end) may hold anything; nobody reads their score
-        s[t] += q[2 * i] * bf16_to_float(key[2 * t]);
-        s[t] += q[2 * i + 1] * bf16_to_float(key[2 * t + 1]);
-      }
-    }
+    (p.kv.dtype == KvDtype::kBF16 ? score_bf16 : score_coded)(page, q, head_dim, s);
   }
   float tile_max = kNegativeInfinity;
   for (int t = begin - tile; t < end - tile; ++t) {
@@ -81,9 +109,8 @@ void add_tile(const AttentionParams& p, const float* q, int begin, int end, Stat
   for (int position = begin; position < end; ++position) {
     const float weight = exp2(scores[position - tile] - state.m);
     sum += weight;
-    const uint16_t* value = sub_page(p, position - position % kSubPage) + kSubPage * head_dim +
-                            (position % kSubPage / 2) * 2 * head_dim + position % 2;
-    for (int d = 0; d < head_dim; ++d) state.acc[d] += weight * bf16_to_float(value[2 * d]);
+    weigh(p.kv, sub_page(p.kv, p.block_table, p.kv_head, position), position % kSubPage, weight,
+          state.acc);
   }
   state.l += sum;
 }

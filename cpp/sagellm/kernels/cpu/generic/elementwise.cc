@@ -1,5 +1,6 @@
 // Element-wise kernels in plain C++: the specification of the SIMD ones, and the only ones on other
 // machines.
+#include "../kv_page.h"
 #include "attention.h"
 #include "sagellm/kernels/cpu/isa_tables.h"
 #include "sagellm/kernels/params.h"
@@ -85,24 +86,52 @@ void softmax(float* x, int64_t n) {
   scale(x, 1.f / sum_of(n, [x](int64_t i) { return x[i]; }), n);
 }
 
+void write_bf16(uint8_t* page, int slot, int head_dim, const float* k, const float* v) {
+  uint16_t* key = bf16_keys(page);
+  for (int d = 0; d < head_dim; ++d) {
+    key[(d / 2) * 2 * kSubPage + slot * 2 + d % 2] = float_to_bf16(k[d]);
+  }
+  uint16_t* value = bf16_values(page, head_dim) + (slot / 2) * 2 * head_dim;
+  for (int d = 0; d < head_dim; ++d) {
+    value[2 * d + slot % 2] = float_to_bf16(v[d]);
+    if (slot % 2 == 0) value[2 * d + 1] = 0;
+  }
+}
+
+/// Codes of one row by the rule in params.h; returns the scale.
+float quantize_row(const float* x, int n, int8_t* codes) {
+  float largest = 0.f, poison = 0.f;  // poison: 0, or NaN when a value is not finite
+  for (int i = 0; i < n; ++i) {
+    const float a = __builtin_fabsf(x[i]);
+    largest = a > largest ? a : largest;
+    poison += a * 0.f;
+  }
+  if (poison != 0.f || largest < kMinCodedMagnitude) {
+    for (int i = 0; i < n; ++i) codes[i] = 0;
+    return poison != 0.f ? __builtin_nanf("") : 0.f;
+  }
+  const float inverse = 127.f / largest;
+  for (int i = 0; i < n; ++i) {
+    codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRoundMagic));
+  }
+  return largest / 127.f;
+}
+
 void kv_write(const KvWriteParams& p) {
   const int head_dim = p.kv.head_dim;
+  int8_t k_codes[kMaxHeadDim], v_codes[kMaxHeadDim];
   for (int t = 0; t < p.num_tokens; ++t) {
-    const int position = p.first_position + t;
-    const int in_block = position % p.kv.block_size, slot = in_block % kSubPage;
-    uint16_t* page = p.kv.pool + p.block_table[position / p.kv.block_size] * p.kv.block_stride +
-                     p.kv_head * p.kv.head_stride +
-                     (in_block / kSubPage) * (2 * kSubPage * head_dim);
+    const int position = p.first_position + t, slot = position % kSubPage;
+    uint8_t* page = sub_page(p.kv, p.block_table, p.kv_head, position);
     const float* k = p.k + t * p.stride;
     const float* v = p.v + t * p.stride;
-    for (int d = 0; d < head_dim; ++d) {
-      page[(d / 2) * 2 * kSubPage + slot * 2 + d % 2] = float_to_bf16(k[d]);
+    if (p.kv.dtype == KvDtype::kBF16) {
+      write_bf16(page, slot, head_dim, k, v);
+      continue;
     }
-    uint16_t* value = page + kSubPage * head_dim + (slot / 2) * 2 * head_dim;
-    for (int d = 0; d < head_dim; ++d) {
-      value[2 * d + slot % 2] = float_to_bf16(v[d]);
-      if (slot % 2 == 0) value[2 * d + 1] = 0;
-    }
+    const float k_scale = quantize_row(k, head_dim, k_codes);
+    const float v_scale = quantize_row(v, head_dim, v_codes);
+    store_codes(page, slot, head_dim, k_codes, k_scale, v_codes, v_scale);
   }
 }
 

@@ -41,7 +41,7 @@ int code(const uint8_t* unit, int row, int k) {
     const uint8_t nibbles = unit[group % 4 * 64 + lane];
     const int low = group < 4 ? nibbles & 15 : nibbles >> 4;
     if constexpr (L.bits == CodeBits::k5) {
-      return low | (unit[256 + group * 8 + lane / 8] >> (lane % 8) & 1) << 4;
+      return low | (unit[256 + lane] >> group & 1) << 4;
     } else if constexpr (L.bits == CodeBits::k6) {
       return low | (unit[256 + group % 2 * 64 + lane] >> (2 * (group / 2)) & 3) << 4;
     } else {

@@ -1,0 +1,30 @@
+"""
+Vocabularies.
+"""
+from __future__ import annotations
+import typing
+__all__: list[str] = ['BytePairTable']
+class BytePairTable:
+    """
+    A byte-level vocabulary and its merges. Safe to share.
+    """
+    def __init__(self, tokens: list, merges: list, whole_words: bool = False) -> None:
+        """
+        `tokens`: texts by id in the alphabet of byte-level vocabularies. `merges`: "left right",
+        best first. Raises CorruptFileError when they contradict each other.
+        """
+    def encode(self, words: list) -> list:
+        """
+        Token ids of words of text (not of the alphabet), one word after the other.
+        """
+    def find(self, token: str) -> typing.Any:
+        """
+        The id of a token by its stored text, or None.
+        """
+    def token(self, token_id: typing.SupportsInt | typing.SupportsIndex) -> str:
+        """
+        The stored text of a token.
+        """
+    @property
+    def size(self) -> int:
+        ...

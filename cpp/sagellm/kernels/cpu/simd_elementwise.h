@@ -195,6 +195,34 @@ double sum_exp(const float* x, float largest, int64_t n) {
   return double_reduce(sums);
 }
 
+double sampling_weights(const float* x, int64_t n, double largest, double rate, float cut,
+                        double* weights) {
+  const DoubleVec top = set_double(largest), factor = set_double(rate);
+  const DoubleVec least = set_double(static_cast<double>(cut));
+  const auto weigh = [top, factor, least](DoubleVec v) {
+    return zero_if_less(v, least, exp2(mul(sub(v, top), factor)));
+  };
+  DoubleVec sum0 = set_double(0), sum1 = set_double(0);
+  const auto step = [&](const float* from, double* to) {
+    const Vec v = load(from);
+    const DoubleVec low = weigh(widen_low(v)), high = weigh(widen_high(v));
+    store(to, low);
+    store(to + kLanes / 2, high);
+    sum0 = add(sum0, low);
+    sum1 = add(sum1, high);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) step(x + i, weights + i);
+  if (i < n) {
+    alignas(64) float part[kLanes];
+    alignas(64) double result[kLanes];
+    for (int j = 0; j < kLanes; ++j) part[j] = i + j < n ? x[i + j] : -__builtin_inff();
+    step(part, result);
+    for (int j = 0; i + j < n; ++j) weights[i + j] = result[j];
+  }
+  return reduce_add(add(sum0, sum1));
+}
+
 /// Writes one token's K column and V row of a bfloat16 sub-page, rounded to nearest even.
 inline void write_bf16(uint8_t* page, int slot, int head_dim, const float* k, const float* v) {
   alignas(64) uint16_t rounded[kMaxHeadDim];
@@ -255,6 +283,7 @@ inline void fill_elementwise(KernelTable& table) {
   table.kv_write = kv_write;
   table.argmax = argmax;
   table.sum_exp = sum_exp;
+  table.sampling_weights = sampling_weights;
 }
 
 }  // namespace

@@ -232,20 +232,28 @@ float from_ordered(uint32_t u) {
   return std::bit_cast<float>((u & 0x80000000u) != 0 ? u & 0x7fffffffu : ~u);
 }
 
-/// The lowest finite logit that weighs at least `share` (<= 1), found by bisection over all floats,
-/// so that comparing logits with it is the exact test of the weight.
-float lowest_logit(float largest, double temperature, double share) {
+/// The lowest finite logit for which `holds`, by bisection over all floats up to `largest`: `holds`
+/// is true there and stays false once it is. Comparing with the result is then the exact test.
+template <class Predicate>
+float lowest_logit(float largest, Predicate holds) {
   uint32_t low = ordered(-std::numeric_limits<float>::max()), high = ordered(largest);
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
-    const double logit = static_cast<double>(from_ordered(middle));
-    if (std::exp((logit - static_cast<double>(largest)) / temperature) >= share) {
+    if (holds(from_ordered(middle))) {
       high = middle;
     } else {
       low = middle + 1;
     }
   }
   return from_ordered(high);
+}
+
+/// The lowest logit that weighs at least `share` (<= 1).
+float lowest_of_weight(float largest, double temperature, double share) {
+  return lowest_logit(largest, [=](float logit) {
+    const double distance = static_cast<double>(logit) - static_cast<double>(largest);
+    return std::exp(distance / temperature) >= share;
+  });
 }
 
 /// Splits logits into kBuckets by their distance from the largest; bucket 0 holds the largest, the
@@ -258,6 +266,11 @@ struct Buckets {
     const float distance = (largest - logit) * rate;
     constexpr float kLast = kBuckets - 1;
     return distance < kLast ? distance : kLast;
+  }
+  /// The lowest logit of the buckets 0 to `bucket`.
+  float lowest(int bucket) const {
+    const auto end = static_cast<float>(bucket + 1);
+    return lowest_logit(largest, [&](float logit) { return place(logit) < end; });
   }
 };
 
@@ -286,18 +299,17 @@ float cut_of_top_p(const WeighedRow& row, const Buckets& buckets, float cut, dou
   }
   std::vector<Candidate>& members = s.selection;
   members.clear();
-  const float from = static_cast<float>(crossed), to = from + 1.f;
+  const float from = std::max(cut, buckets.lowest(crossed));
+  const float until = crossed > 0 ? buckets.lowest(crossed - 1) : -kNegativeInfinity;
   for (int64_t i = 0; i < row.vocab; i += kBlock) {
     const int64_t end = std::min(i + kBlock, row.vocab);
     int inside = 0;
     for (int64_t j = i; j < end; ++j) {
-      const float place = buckets.place(row.x[j]);
-      inside += static_cast<int>(place >= from) & static_cast<int>(place < to);
+      inside += static_cast<int>(row.x[j] >= from) & static_cast<int>(row.x[j] < until);
     }
     if (inside == 0) continue;
     for (int64_t j = i; j < end; ++j) {
-      const float place = buckets.place(row.x[j]);
-      if (place >= from && place < to && row.x[j] >= cut) {
+      if (row.x[j] >= from && row.x[j] < until) {
         members.push_back({s.weights[static_cast<size_t>(j)], row.x[j], static_cast<int32_t>(j)});
       }
     }
@@ -347,15 +359,15 @@ int32_t draw_of_all(const float* x, int64_t vocab, float largest, const RowParam
     return total;
   };
 
-  float cut = lowest_logit(largest, row.temperature,
-                           top_p ? kNegligible : std::max(row.min_p, kNegligible));
+  float cut = lowest_of_weight(largest, row.temperature,
+                               top_p ? kNegligible : std::max(row.min_p, kNegligible));
   for (int64_t b = 0; b < blocks; ++b) sums[b] = weighed.weigh(b, cut, weights_of(b));
   if (top_p) {
     const double rate = kBuckets / (kBucketSpan * row.temperature);
     const Buckets buckets{largest, static_cast<float>(std::clamp(rate, 1e-30, 1e30))};
     cut = cut_of_top_p(weighed, buckets, cut, row.top_p * sum_of_blocks(), s);
     if (row.min_p > 0.0) {
-      cut = std::max(cut, lowest_logit(largest, row.temperature, row.min_p));
+      cut = std::max(cut, lowest_of_weight(largest, row.temperature, row.min_p));
     }
     for (int64_t b = 0; b < blocks; ++b) {
       sums[b] = drop_below(x + weighed.begin(b), weighed.size(b), cut, weights_of(b));

@@ -47,28 +47,6 @@ inline Vec exp(Vec x) {
   return exp2_reduced(f, n);
 }
 
-/// 2^x in double for x in [-1000, 0]: polynomial of degree 11 on [-0.5, 0.5] (2e-17 relative,
-/// exactly 1 at 0). Adding kDoubleRoundMagic leaves round(x) in the low mantissa bits. Outside the
-/// range the result has no meaning.
-constexpr double kDoubleRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
-inline DoubleVec exp2(DoubleVec x) {
-  const DoubleVec shifted = add(x, set_double(kDoubleRoundMagic));
-  const DoubleVec f = sub(x, sub(shifted, set_double(kDoubleRoundMagic)));
-  DoubleVec p = set_double(0x1.e9d3fe3952179p-32);
-  p = fma(p, f, set_double(0x1.e6063f7217bc6p-28));
-  p = fma(p, f, set_double(0x1.b524fae627834p-24));
-  p = fma(p, f, set_double(0x1.62bfd47773353p-20));
-  p = fma(p, f, set_double(0x1.ffcbfc670dcd4p-17));
-  p = fma(p, f, set_double(0x1.430913096fd9fp-13));
-  p = fma(p, f, set_double(0x1.5d87fe78a5276p-10));
-  p = fma(p, f, set_double(0x1.3b2ab6fba1ddap-7));
-  p = fma(p, f, set_double(0x1.c6b08d704a0c2p-5));
-  p = fma(p, f, set_double(0x1.ebfbdff82c598p-3));
-  p = fma(p, f, set_double(0x1.62e42fefa39efp-1));
-  p = fma(p, f, set_double(1.0));
-  return add_low_bits_to_exponent(p, shifted);
-}
-
 /// tanh(x): odd polynomial below 0.625 (4e-9 relative), (1 - e) / (1 + e) with e = exp(-2|x|)
 /// above.
 inline Vec tanh(Vec x) {

@@ -143,7 +143,7 @@ inline double double_reduce(DoubleSums s) {
   return (lane[0] + lane[1]) + (lane[2] + lane[3]);
 }
 
-// Doubles: a Vec widens to two of them.
+// Doubles, half as many lanes.
 using DoubleVec = __m256d;
 inline DoubleVec set_double(double x) { return _mm256_set1_pd(x); }
 inline void store(double* p, DoubleVec v) { _mm256_storeu_pd(p, v); }
@@ -151,8 +151,7 @@ inline DoubleVec add(DoubleVec a, DoubleVec b) { return _mm256_add_pd(a, b); }
 inline DoubleVec sub(DoubleVec a, DoubleVec b) { return _mm256_sub_pd(a, b); }
 inline DoubleVec mul(DoubleVec a, DoubleVec b) { return _mm256_mul_pd(a, b); }
 inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return _mm256_fmadd_pd(a, b, c); }
-inline DoubleVec widen_low(Vec v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
-inline DoubleVec widen_high(Vec v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)); }
+inline DoubleVec load_widened(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 /// v where a >= b, 0 elsewhere.
 inline DoubleVec zero_if_less(DoubleVec a, DoubleVec b, DoubleVec v) {
   return _mm256_and_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ), v);

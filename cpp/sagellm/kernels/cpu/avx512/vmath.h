@@ -147,7 +147,7 @@ inline double double_reduce(DoubleSums s) {
   return (lane[0] + lane[1]) + (lane[2] + lane[3]);
 }
 
-// Doubles: a Vec widens to two of them.
+// Doubles, half as many lanes.
 using DoubleVec = __m512d;
 inline DoubleVec set_double(double x) { return _mm512_set1_pd(x); }
 inline void store(double* p, DoubleVec v) { _mm512_storeu_pd(p, v); }
@@ -155,8 +155,7 @@ inline DoubleVec add(DoubleVec a, DoubleVec b) { return _mm512_add_pd(a, b); }
 inline DoubleVec sub(DoubleVec a, DoubleVec b) { return _mm512_sub_pd(a, b); }
 inline DoubleVec mul(DoubleVec a, DoubleVec b) { return _mm512_mul_pd(a, b); }
 inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return _mm512_fmadd_pd(a, b, c); }
-inline DoubleVec widen_low(Vec v) { return _mm512_cvtps_pd(low_half(v)); }
-inline DoubleVec widen_high(Vec v) { return _mm512_cvtps_pd(high_half(v)); }
+inline DoubleVec load_widened(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 /// v where a >= b, 0 elsewhere.
 inline DoubleVec zero_if_less(DoubleVec a, DoubleVec b, DoubleVec v) {
   return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_GE_OQ), v);

@@ -60,7 +60,7 @@ inline float exp(float x) {
 
 constexpr double kDoubleRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
 
-/// 2^x in double for x in [-1000, 0]; see simd_math.h.
+/// 2^x in double for x in [-1000, 0]; see simd_elementwise.h.
 inline double exp2(double x) {
   const double shifted = x + kDoubleRoundMagic;
   const double f = x - (shifted - kDoubleRoundMagic);

@@ -274,21 +274,19 @@ struct Buckets {
   }
 };
 
-/// Top-p without a sort: sums weights by bucket, finds the bucket in which the target is
-/// reached, and ranks its members alone. Returns the lowest logit kept; ties with it that are not
-/// kept get weight 0. Needs every weight in s.weights.
-float cut_of_top_p(const WeighedRow& row, const Buckets& buckets, float cut, double target,
+/// Adds the weights of one block of tokens to the sums of their buckets.
+void add_to_buckets(const float* x, const double* weights, int64_t count, const Buckets& buckets,
+                    double* sums) {
+  int32_t places[kWeightBlock];
+  for (int64_t i = 0; i < count; ++i) places[i] = static_cast<int32_t>(buckets.place(x[i]));
+  for (int64_t i = 0; i < count; ++i) sums[places[i]] += weights[i];
+}
+
+/// Top-p without a sort: finds the bucket in which the target is reached and ranks its members
+/// alone. Returns the lowest logit kept; ties with it that are not kept get weight 0.
+float cut_of_top_p(const float* x, int64_t vocab, const Buckets& buckets, float cut, double target,
                    Scratch& s) {
-  s.bucket_sums.assign(kBuckets, 0.0);
-  double* sums = s.bucket_sums.data();
-  for (int64_t block = 0; block < row.blocks(); ++block) {
-    const float* x = row.x + row.begin(block);
-    const double* weights = s.weights.data() + row.begin(block);
-    const int64_t count = row.size(block);
-    int32_t places[kWeightBlock];
-    for (int64_t i = 0; i < count; ++i) places[i] = static_cast<int32_t>(buckets.place(x[i]));
-    for (int64_t i = 0; i < count; ++i) sums[places[i]] += weights[i];
-  }
+  const double* sums = s.bucket_sums.data();
   int crossed = 0;  // by rounding, the last bucket in use may end just below the target
   double before = 0.0, cumulative = 0.0;
   for (int i = 0; i < kBuckets && cumulative < target; ++i) {
@@ -301,16 +299,16 @@ float cut_of_top_p(const WeighedRow& row, const Buckets& buckets, float cut, dou
   members.clear();
   const float from = std::max(cut, buckets.lowest(crossed));
   const float until = crossed > 0 ? buckets.lowest(crossed - 1) : -kNegativeInfinity;
-  for (int64_t i = 0; i < row.vocab; i += kBlock) {
-    const int64_t end = std::min(i + kBlock, row.vocab);
+  for (int64_t i = 0; i < vocab; i += kBlock) {
+    const int64_t end = std::min(i + kBlock, vocab);
     int inside = 0;
     for (int64_t j = i; j < end; ++j) {
-      inside += static_cast<int>(row.x[j] >= from) & static_cast<int>(row.x[j] < until);
+      inside += static_cast<int>(x[j] >= from) & static_cast<int>(x[j] < until);
     }
     if (inside == 0) continue;
     for (int64_t j = i; j < end; ++j) {
-      if (row.x[j] >= from && row.x[j] < until) {
-        members.push_back({s.weights[static_cast<size_t>(j)], row.x[j], static_cast<int32_t>(j)});
+      if (x[j] >= from && x[j] < until) {
+        members.push_back({s.weights[static_cast<size_t>(j)], x[j], static_cast<int32_t>(j)});
       }
     }
   }
@@ -361,11 +359,18 @@ int32_t draw_of_all(const float* x, int64_t vocab, float largest, const RowParam
 
   float cut = lowest_of_weight(largest, row.temperature,
                                top_p ? kNegligible : std::max(row.min_p, kNegligible));
-  for (int64_t b = 0; b < blocks; ++b) sums[b] = weighed.weigh(b, cut, weights_of(b));
+  const double bucket_rate = kBuckets / (kBucketSpan * row.temperature);
+  const Buckets buckets{largest, static_cast<float>(std::clamp(bucket_rate, 1e-30, 1e30))};
+  if (top_p) s.bucket_sums.assign(kBuckets, 0.0);
+  for (int64_t b = 0; b < blocks; ++b) {
+    sums[b] = weighed.weigh(b, cut, weights_of(b));
+    if (top_p) {
+      add_to_buckets(x + weighed.begin(b), weights_of(b), weighed.size(b), buckets,
+                     s.bucket_sums.data());
+    }
+  }
   if (top_p) {
-    const double rate = kBuckets / (kBucketSpan * row.temperature);
-    const Buckets buckets{largest, static_cast<float>(std::clamp(rate, 1e-30, 1e30))};
-    cut = cut_of_top_p(weighed, buckets, cut, row.top_p * sum_of_blocks(), s);
+    cut = cut_of_top_p(x, vocab, buckets, cut, row.top_p * sum_of_blocks(), s);
     if (row.min_p > 0.0) {
       cut = std::max(cut, lowest_of_weight(largest, row.temperature, row.min_p));
     }

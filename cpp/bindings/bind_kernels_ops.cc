@@ -226,6 +226,14 @@ py::tuple run_argmax(const std::string& isa, const FloatArray& x) {
   return py::make_tuple(value, index);
 }
 
+py::tuple run_sampling_weights(const std::string& isa, const FloatArray& x, double largest,
+                               double rate, float cut) {
+  py::array_t<double> weights(x.size());
+  const double sum = kernels::kernel_table(isa).sampling_weights(x.data(), x.size(), largest, rate,
+                                                                 cut, weights.mutable_data());
+  return py::make_tuple(sum, weights);
+}
+
 }  // namespace
 
 void register_kernels_ops(py::module_& m) {
@@ -283,4 +291,6 @@ void register_kernels_ops(py::module_& m) {
         return kernels::kernel_table(isa).sum_exp(x.data(), max, x.size());
       },
       py::arg("isa"), py::arg("x").noconvert(), py::arg("max"));
+  k.def("sampling_weights", &run_sampling_weights, py::arg("isa"), py::arg("x").noconvert(),
+        py::arg("largest"), py::arg("rate"), py::arg("cut"), "Returns (sum, weights).");
 }

@@ -269,6 +269,14 @@ inline void expect_elementwise_agreement(const KernelTable& kernels, const Kerne
     generic.argmax(x.data(), size, &value_b, &index_b);
     EXPECT_EQ(index_a, index_b);
     EXPECT_NEAR(kernels.sum_exp(y.data(), 3.f, size), generic.sum_exp(y.data(), 3.f, size), 1e-5);
+    std::vector<double> w(n + 1, -1.0), v(n + 1, -1.0);  // one more, to see a write past the end
+    std::vector<float> masked = y;
+    masked[n / 2] = -std::numeric_limits<float>::infinity();
+    const double sum_w = kernels.sampling_weights(masked.data(), size, 4.0, 2.5, -3.f, w.data());
+    const double sum_v = generic.sampling_weights(masked.data(), size, 4.0, 2.5, -3.f, v.data());
+    EXPECT_NEAR(sum_w, sum_v, 1e-14 * sum_v);
+    EXPECT_EQ(w[n / 2], 0.0);
+    for (size_t i = 0; i <= n; ++i) EXPECT_NEAR(w[i], v[i], 2e-15 * std::fabs(v[i])) << i;
     a = b = y;
     if (n % 2 == 0) {
       kernels.rope(a.data(), y.data() + n / 2, y.data(), size);

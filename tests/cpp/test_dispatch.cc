@@ -38,6 +38,7 @@ TEST(Dispatch, EveryTableIsCompleteAndNamed) {
     EXPECT_GT(table.attention_scratch_bytes, 0u);
     EXPECT_NE(table.argmax, nullptr);
     EXPECT_NE(table.sum_exp, nullptr);
+    EXPECT_NE(table.sampling_weights, nullptr);
   }
 }
 

@@ -173,6 +173,20 @@ def test_sum_exp(isa: str, n: int) -> None:
     assert kernels.sum_exp(isa, shifted, top) == kernels.sum_exp(isa, x, top)
 
 
+@pytest.mark.parametrize("n", [*SIZES, 49152])
+def test_sampling_weights(isa: str, n: int) -> None:
+    x = (np.random.default_rng(n).standard_normal(n) * 6).astype(np.float32)
+    x[n // 2] = -np.inf
+    largest, rate = float(x.max()) if n > 1 else 0.0, 9.5
+    cut = np.float32(largest - 100)  # 2^-950 of the largest
+    total, weights = kernels.sampling_weights(isa, x, largest, rate, cut)
+    exact = np.where(x >= cut, np.exp2((x.astype(np.float64) - largest) * rate), 0.0)
+    np.testing.assert_allclose(weights, exact, rtol=1e-15, atol=0)
+    assert (weights[x == np.float32(largest)] == 1.0).all()
+    assert total == pytest.approx(math.fsum(weights), rel=1e-14, abs=0)
+    assert kernels.sampling_weights(isa, x.copy(), largest, rate, cut)[0] == total
+
+
 def test_size_mismatch_is_an_error(isa: str) -> None:
     with pytest.raises(InvalidArgumentError, match="elements"):
         kernels.add(isa, np.zeros(3, np.float32), np.zeros(4, np.float32))

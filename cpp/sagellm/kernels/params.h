@@ -256,6 +256,12 @@ struct KernelTable {
   void (*argmax)(const float* x, int64_t n, float* value, int32_t* index);
   /// Sum over i of exp(x[i] - max), in double, in an order fixed by n alone.
   double (*sum_exp)(const float* x, float max, int64_t n);
+  /// weights[i] = 2^((x[i] - largest) * rate) in double where x[i] >= cut, 0 elsewhere; returns
+  /// their sum, in an order fixed by n alone. `cut` is finite (so -inf weighs 0) and high enough
+  /// that no exponent at or above it is below -1000; `largest` is no smaller than any x. A weight
+  /// is exactly 1 at `largest` and else within 2^-51 relative, beyond the rounding of its exponent.
+  double (*sampling_weights)(const float* x, int64_t n, double largest, double rate, float cut,
+                             double* weights);
 };
 
 }  // namespace sagellm::kernels

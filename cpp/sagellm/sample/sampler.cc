@@ -14,9 +14,15 @@ namespace {
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kBlock = 16;  // logits tested at once while scanning; a loop over it vectorises
 
-// Candidates lighter than 2^-64 of the heaviest are never drawn: together they weigh less than the
-// rounding of the sum.
-constexpr double kNegligible = -64 * 0.69314718055994531;
+constexpr int64_t kWeightBlock = 512;  // tokens per sum of weights; 4 KB of weights stay in L1
+
+// Tokens lighter than this, next to 1 for the heaviest, weigh nothing: as many as there can be do
+// not change the sum.
+constexpr double kNegligible = 0x1p-1000;
+
+// Top-p sorts weights down to e^-44 of the heaviest into buckets of 0.043 natural-log units each.
+constexpr int kBuckets = 1024;
+constexpr double kBucketSpan = 44.0;
 
 /// Order of preference: larger logit, then lower id. A strict total order, so selections have no
 /// ties.
@@ -123,40 +129,17 @@ void select_top_k(const float* x, int64_t vocab, int64_t k, std::vector<Candidat
   shrink();
 }
 
-/// Entries with (x - largest) / temperature >= lowest, in ascending id order.
-void select_above(const float* x, int64_t vocab, float largest, double temperature, double lowest,
-                  std::vector<Candidate>& out) {
-  out.clear();
-  // `cut` is at or below the exact bound; the exact test follows.
-  const double bound = static_cast<double>(largest) + lowest * temperature;
-  const float cut = bound < -std::numeric_limits<float>::max()
-                        ? -std::numeric_limits<float>::max()
-                        : std::nextafter(static_cast<float>(bound), kNegativeInfinity);
-  for (int64_t i = 0; i < vocab; i += kBlock) {
-    const int64_t end = std::min(i + kBlock, vocab);
-    int above = 0;
-    for (int64_t j = i; j < end; ++j) above += x[j] >= cut;
-    if (above == 0) continue;
-    for (int64_t j = i; j < end; ++j) {
-      const double scaled =
-          (static_cast<double>(x[j]) - static_cast<double>(largest)) / temperature;
-      if (scaled >= lowest) out.push_back({0.0, x[j], static_cast<int32_t>(j)});
-    }
-  }
-}
-
 double total_weight(const std::vector<Candidate>& candidates) {
   double total = 0.0;
   for (const Candidate& c : candidates) total += c.weight;
   return total;
 }
 
-/// The least preferred member of the smallest preferred set whose weights reach `target` (never
-/// empty). Weighted quickselect: the half that holds the crossing is searched, the other is only
-/// summed. Reorders `c`.
-Candidate crossing(std::vector<Candidate>& c, double target) {
-  size_t begin = 0, end = c.size();
-  double before = 0.0;  // weight of everything preferred to [begin, end)
+/// The least preferred member of the smallest preferred set whose weights, on top of `before`,
+/// reach `target` (never empty). Weighted quickselect: the half that holds the crossing is
+/// searched, the other is only summed. Reorders `c`.
+Candidate crossing(std::vector<Candidate>& c, double before, double target) {
+  size_t begin = 0, end = c.size();  // `before`: weight of everything preferred to [begin, end)
   while (end - begin > 32) {
     const size_t middle = begin + (end - begin) / 2;
     Candidate pivot =
@@ -191,40 +174,230 @@ Candidate crossing(std::vector<Candidate>& c, double target) {
   return c[end - 1];  // by rounding, everything together just misses the target
 }
 
-/// Steps 5 to 7 for temperature > 0: fills s.candidates with the survivors by ascending id and
-/// draws one.
-int32_t draw(const float* x, int64_t vocab, float largest, const RowParams& row, Scratch& s) {
+/// The draw of step 7 as a point on the line of cumulative weights.
+double draw_point(const RowParams& row, double total) {
+  return uniform(row.seed, row.position) * total;
+}
+
+/// Steps 5 to 7 with top-k: few candidates, in a list.
+int32_t draw_of_top_k(const float* x, int64_t vocab, float largest, const RowParams& row,
+                      Scratch& s) {
   std::vector<Candidate>& candidates = s.candidates;
-  if (row.top_k > 0 && row.top_k < vocab) {
-    select_top_k(x, vocab, row.top_k, candidates);
-    std::sort(candidates.begin(), candidates.end(), by_id);
-  } else {
-    // Without top-p nothing needs the total, so that min-p can act at once (a little early: the
-    // exact test follows).
-    const double min_p_log =
-        row.top_p >= 1.0 && row.min_p > 0.0 ? std::log(row.min_p) - 1e-9 : kNegligible;
-    select_above(x, vocab, largest, row.temperature, std::max(min_p_log, kNegligible), candidates);
-  }
+  select_top_k(x, vocab, row.top_k, candidates);
+  std::sort(candidates.begin(), candidates.end(), by_id);
   for (Candidate& c : candidates) {
     c.weight =
         std::exp((static_cast<double>(c.logit) - static_cast<double>(largest)) / row.temperature);
   }
   if (row.top_p < 1.0) {
     s.selection = candidates;
-    const Candidate last = crossing(s.selection, row.top_p * total_weight(candidates));
+    const Candidate last = crossing(s.selection, 0.0, row.top_p * total_weight(candidates));
     std::erase_if(candidates, [&last](const Candidate& c) { return preferred(last, c); });
   }
   if (row.min_p > 0.0) {  // the largest weight is exp(0) = 1
     std::erase_if(candidates, [&row](const Candidate& c) { return c.weight < row.min_p; });
   }
-
-  const double target = uniform(row.seed, row.position) * total_weight(candidates);
+  const double point = draw_point(row, total_weight(candidates));
   double cumulative = 0.0;
   for (const Candidate& c : candidates) {
     cumulative += c.weight;
-    if (cumulative > target) return c.id;
+    if (cumulative > point) return c.id;
   }
   return candidates.back().id;
+}
+
+/// The weights of a row, block by block. Blocks, not the whole row, are the unit of work: with
+/// top-p off no weight is kept, and a draw evaluates one block again.
+struct WeighedRow {
+  const float* x;
+  int64_t vocab;
+  double largest;
+  double rate;  // log2(e) / temperature, bounded so that 0 * rate is 0
+  const kernels::KernelTable& table;
+
+  int64_t blocks() const { return (vocab + kWeightBlock - 1) / kWeightBlock; }
+  int64_t begin(int64_t block) const { return block * kWeightBlock; }
+  int64_t size(int64_t block) const { return std::min(kWeightBlock, vocab - begin(block)); }
+  double weigh(int64_t block, float cut, double* weights) const {
+    return table.sampling_weights(x + begin(block), size(block), largest, rate, cut, weights);
+  }
+};
+
+/// Float bits in an unsigned order that agrees with the order of the values.
+uint32_t ordered(float x) {
+  const auto u = std::bit_cast<uint32_t>(x);
+  return (u & 0x80000000u) != 0 ? ~u : u | 0x80000000u;
+}
+float from_ordered(uint32_t u) {
+  return std::bit_cast<float>((u & 0x80000000u) != 0 ? u & 0x7fffffffu : ~u);
+}
+
+/// The lowest finite logit for which `holds`, by bisection over all floats up to `largest`: `holds`
+/// is true there and stays false once it is. Comparing with the result is then the exact test.
+template <class Predicate>
+float lowest_logit(float largest, Predicate holds) {
+  uint32_t low = ordered(-std::numeric_limits<float>::max()), high = ordered(largest);
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (holds(from_ordered(middle))) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return from_ordered(high);
+}
+
+/// The lowest logit that weighs at least `share` (<= 1).
+float lowest_of_weight(float largest, double temperature, double share) {
+  return lowest_logit(largest, [=](float logit) {
+    const double distance = static_cast<double>(logit) - static_cast<double>(largest);
+    return std::exp(distance / temperature) >= share;
+  });
+}
+
+/// Splits logits into kBuckets by their distance from the largest; bucket 0 holds the largest, the
+/// last one everything far away and -inf.
+struct Buckets {
+  float largest;
+  float rate;
+
+  float place(float logit) const {  // in [0, kBuckets - 1], monotonic, not NaN
+    const float distance = (largest - logit) * rate;
+    constexpr float kLast = kBuckets - 1;
+    return distance < kLast ? distance : kLast;
+  }
+  /// The lowest logit of the buckets 0 to `bucket`.
+  float lowest(int bucket) const {
+    const auto end = static_cast<float>(bucket + 1);
+    return lowest_logit(largest, [&](float logit) { return place(logit) < end; });
+  }
+};
+
+/// Adds the weights of one block of tokens to the sums of their buckets.
+void add_to_buckets(const float* x, const double* weights, int64_t count, const Buckets& buckets,
+                    double* sums) {
+  int32_t places[kWeightBlock];
+  for (int64_t i = 0; i < count; ++i) places[i] = static_cast<int32_t>(buckets.place(x[i]));
+  for (int64_t i = 0; i < count; ++i) sums[places[i]] += weights[i];
+}
+
+/// Top-p without a sort: finds the bucket in which the target is reached and ranks its members
+/// alone. Returns the lowest logit kept; ties with it that are not kept get weight 0.
+float cut_of_top_p(const float* x, int64_t vocab, const Buckets& buckets, float cut, double target,
+                   Scratch& s) {
+  const double* sums = s.bucket_sums.data();
+  int crossed = 0;  // by rounding, the last bucket in use may end just below the target
+  double before = 0.0, cumulative = 0.0;
+  for (int i = 0; i < kBuckets && cumulative < target; ++i) {
+    if (sums[i] == 0.0) continue;
+    before = cumulative;
+    cumulative += sums[i];
+    crossed = i;
+  }
+  std::vector<Candidate>& members = s.selection;
+  members.clear();
+  const float from = std::max(cut, buckets.lowest(crossed));
+  const float until = crossed > 0 ? buckets.lowest(crossed - 1) : -kNegativeInfinity;
+  for (int64_t i = 0; i < vocab; i += kBlock) {
+    const int64_t end = std::min(i + kBlock, vocab);
+    int inside = 0;
+    for (int64_t j = i; j < end; ++j) {
+      inside += static_cast<int>(x[j] >= from) & static_cast<int>(x[j] < until);
+    }
+    if (inside == 0) continue;
+    for (int64_t j = i; j < end; ++j) {
+      if (x[j] >= from && x[j] < until) {
+        members.push_back({s.weights[static_cast<size_t>(j)], x[j], static_cast<int32_t>(j)});
+      }
+    }
+  }
+  const Candidate least = crossing(members, before, target);
+  for (const Candidate& c : members) {
+    if (preferred(least, c)) s.weights[static_cast<size_t>(c.id)] = 0.0;
+  }
+  return least.logit;
+}
+
+/// Sum of the weights whose logit is at least `cut`; the others become 0.
+double drop_below(const float* x, int64_t count, float cut, double* weights) {
+  constexpr int64_t kSums = 8;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (int64_t j = 0; j < kSums; ++j) {
+      weights[i + j] = x[i + j] >= cut ? weights[i + j] : 0.0;
+      sums[j] += weights[i + j];
+    }
+  }
+  for (int64_t j = 0; i + j < count; ++j) {
+    weights[i + j] = x[i + j] >= cut ? weights[i + j] : 0.0;
+    sums[j] += weights[i + j];
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+/// Steps 5 to 7 without top-k, over the whole vocabulary.
+int32_t draw_of_all(const float* x, int64_t vocab, float largest, const RowParams& row,
+                    const kernels::KernelTable& table, Scratch& s) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const WeighedRow weighed{x, vocab, static_cast<double>(largest),
+                           std::min(kLog2E / row.temperature, 1e300), table};
+  const int64_t blocks = weighed.blocks();
+  s.block_sums.resize(static_cast<size_t>(blocks));
+  const bool top_p = row.top_p < 1.0;
+  s.weights.resize(static_cast<size_t>(top_p ? vocab : std::min(vocab, kWeightBlock)));
+  const auto weights_of = [&](int64_t b) {
+    return s.weights.data() + (top_p ? weighed.begin(b) : 0);
+  };
+  double* sums = s.block_sums.data();
+  const auto sum_of_blocks = [&] {
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; ++b) total += sums[b];
+    return total;
+  };
+
+  float cut = lowest_of_weight(largest, row.temperature,
+                               top_p ? kNegligible : std::max(row.min_p, kNegligible));
+  const double bucket_rate = kBuckets / (kBucketSpan * row.temperature);
+  const Buckets buckets{largest, static_cast<float>(std::clamp(bucket_rate, 1e-30, 1e30))};
+  if (top_p) s.bucket_sums.assign(kBuckets, 0.0);
+  for (int64_t b = 0; b < blocks; ++b) {
+    sums[b] = weighed.weigh(b, cut, weights_of(b));
+    if (top_p) {
+      add_to_buckets(x + weighed.begin(b), weights_of(b), weighed.size(b), buckets,
+                     s.bucket_sums.data());
+    }
+  }
+  if (top_p) {
+    cut = cut_of_top_p(x, vocab, buckets, cut, row.top_p * sum_of_blocks(), s);
+    if (row.min_p > 0.0) {
+      cut = std::max(cut, lowest_of_weight(largest, row.temperature, row.min_p));
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      sums[b] = drop_below(x + weighed.begin(b), weighed.size(b), cut, weights_of(b));
+    }
+  }
+
+  const double point = draw_point(row, sum_of_blocks());
+  int64_t chosen = 0;  // the first block that ends above the point
+  double before = 0.0, cumulative = 0.0;
+  for (int64_t b = 0; b < blocks && cumulative <= point; ++b) {
+    if (sums[b] == 0.0) continue;
+    before = cumulative;
+    cumulative += sums[b];
+    chosen = b;
+  }
+  const double* weights = weights_of(chosen);
+  if (!top_p) weighed.weigh(chosen, cut, s.weights.data());
+  int64_t last = 0;  // by rounding, the weights one by one may just miss what their sum reaches
+  for (int64_t i = 0; i < weighed.size(chosen); ++i) {
+    if (weights[i] == 0.0) continue;
+    last = i;
+    before += weights[i];
+    if (before > point) break;
+  }
+  return static_cast<int32_t>(weighed.begin(chosen) + last);
 }
 
 /// Log-probabilities of the raw logits: of the chosen token and of the most likely ones.
@@ -322,7 +495,13 @@ Result sample_row(const float* logits, int64_t vocab, const RowParams& row,
   if (largest == kNegativeInfinity) return failed("no token is allowed");
   if (!std::isfinite(largest)) return failed("logits are not finite after bias and penalties");
 
-  result.token_id = row.temperature == 0.0 ? best : draw(x, vocab, largest, row, scratch);
+  if (row.temperature == 0.0) {
+    result.token_id = best;
+  } else if (row.top_k > 0 && row.top_k < vocab) {
+    result.token_id = draw_of_top_k(x, vocab, largest, row, scratch);
+  } else {
+    result.token_id = draw_of_all(x, vocab, largest, row, table, scratch);
+  }
   if (row.num_logprobs >= 0) report_logprobs(logits, vocab, row, table, scratch, result);
   return result;
 }

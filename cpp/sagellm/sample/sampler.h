@@ -56,6 +56,9 @@ struct Scratch {
   std::vector<int32_t> counts;  // all zero between calls
   std::vector<Candidate> candidates;
   std::vector<Candidate> selection;
+  std::vector<double> weights;      // of every token with top-p, else of one block of tokens
+  std::vector<double> block_sums;   // of the weights
+  std::vector<double> bucket_sums;  // of the weights, by logit
 };
 
 /// Throws InvalidArgument, naming the parameter, unless `row` can be applied to `vocab` logits.

@@ -105,7 +105,8 @@ def _draw(x: NDArray[np.float32], row: SamplingRow) -> int:
     order = order[x[order] > -np.inf]
     if row.top_k > 0:
         order = order[: row.top_k]
-    weights = np.exp((x.astype(np.float64) - float(x.max())) / row.temperature)
+    with np.errstate(over="ignore"):  # a temperature near 0 gives -inf, and the weight 0
+        weights = np.exp((x.astype(np.float64) - float(x.max())) / row.temperature)
     if row.top_p < 1:
         total = np.cumsum(weights[np.sort(order)])[-1]
         count = int(np.searchsorted(np.cumsum(weights[order]), row.top_p * total, side="left")) + 1

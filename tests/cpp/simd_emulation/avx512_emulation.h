@@ -48,6 +48,9 @@ inline __m512i cvtps_epi32(__m512 v) {
 inline __m512 cvtepi32_ps(__m512i v) {
   return halves<__m512, __m256, __m256i>(v, [](__m256i h) { return _mm256_cvtepi32_ps(h); });
 }
+inline __m512d cvtps_pd(__m256 v) {
+  return halves<__m512d, __m256d, __m128>(v, [](__m128 h) { return _mm256_cvtps_pd(h); });
+}
 inline __m512i cvtepi8_epi32(__m128i v) {
   return map16<__m512i, int32_t, int8_t>(v, [](int8_t x) { return int32_t{x}; });
 }
@@ -90,6 +93,7 @@ inline __m256i cvtneps_pbh(__m512 v) {
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_epi32
 #undef _mm512_cvtepi32_ps
+#undef _mm512_cvtps_pd
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepi32_epi8
@@ -101,6 +105,7 @@ inline __m256i cvtneps_pbh(__m512 v) {
 #define _mm512_cvtph_ps(v) sagellm::kernels::emulation::cvtph_ps(v)
 #define _mm512_cvtps_epi32(v) sagellm::kernels::emulation::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) sagellm::kernels::emulation::cvtepi32_ps(v)
+#define _mm512_cvtps_pd(v) sagellm::kernels::emulation::cvtps_pd(v)
 #define _mm512_cvtepi8_epi32(v) sagellm::kernels::emulation::cvtepi8_epi32(v)
 #define _mm512_cvtepu8_epi32(v) sagellm::kernels::emulation::cvtepu8_epi32(v)
 #define _mm512_cvtepi32_epi8(v) sagellm::kernels::emulation::cvtepi32_epi8(v)

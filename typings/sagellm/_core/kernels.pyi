@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import sagellm._core.quant
 import typing
-__all__: list[str] = ['add', 'argmax', 'arithmetic_of', 'arithmetic_peak', 'attention', 'attention_finish', 'available_isas', 'benchmark_matmul', 'bias_gelu', 'cache_bandwidth', 'cpu_brand', 'cpu_features', 'gelu_tanh_mul', 'kv_write', 'layer_norm', 'matmul', 'memory_bandwidth', 'quantize', 'rms_norm', 'rope', 'scale', 'selected_isa', 'silu_mul', 'softcap', 'softmax', 'sum_exp', 'time_attention', 'time_kv_write', 'time_matmul', 'time_rows', 'time_sampler', 'to_bf16']
+__all__: list[str] = ['add', 'argmax', 'arithmetic_of', 'arithmetic_peak', 'attention', 'attention_finish', 'available_isas', 'benchmark_matmul', 'bias_gelu', 'cache_bandwidth', 'cpu_brand', 'cpu_features', 'gelu_tanh_mul', 'kv_write', 'layer_norm', 'matmul', 'memory_bandwidth', 'quantize', 'rms_norm', 'rope', 'sampling_weights', 'scale', 'selected_isa', 'silu_mul', 'softcap', 'softmax', 'sum_exp', 'time_attention', 'time_kv_write', 'time_matmul', 'time_rows', 'time_sampler', 'to_bf16']
 def add(isa: str, a: numpy.typing.NDArray[numpy.float32], b: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def argmax(isa: str, x: numpy.typing.NDArray[numpy.float32]) -> tuple:
@@ -72,6 +72,10 @@ def rms_norm(isa: str, x: numpy.typing.NDArray[numpy.float32], weight: numpy.typ
     ...
 def rope(isa: str, x: numpy.typing.NDArray[numpy.float32], cos: numpy.typing.NDArray[numpy.float32], sin: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
     ...
+def sampling_weights(isa: str, x: numpy.typing.NDArray[numpy.float32], largest: typing.SupportsFloat | typing.SupportsIndex, rate: typing.SupportsFloat | typing.SupportsIndex, cut: typing.SupportsFloat | typing.SupportsIndex) -> tuple:
+    """
+    Returns (sum, weights).
+    """
 def scale(isa: str, x: numpy.typing.NDArray[numpy.float32], factor: typing.SupportsFloat | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.float32]:
     ...
 def selected_isa() -> str:

@@ -195,6 +195,57 @@ double sum_exp(const float* x, float largest, int64_t n) {
   return double_reduce(sums);
 }
 
+constexpr double kDoubleRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
+
+/// 2^x in double for x in [-1000, 0]: polynomial of degree 11 on [-0.5, 0.5] (2e-17 relative,
+/// exactly 1 at 0), its even and odd powers as two chains. Adding the magic number leaves round(x)
+/// in the low mantissa bits. Outside the range the result has no meaning.
+inline DoubleVec exp2(DoubleVec x) {
+  const DoubleVec shifted = add(x, set_double(kDoubleRoundMagic));
+  const DoubleVec f = sub(x, sub(shifted, set_double(kDoubleRoundMagic)));
+  const DoubleVec f2 = mul(f, f);
+  DoubleVec odd = set_double(0x1.e9d3fe3952179p-32);
+  DoubleVec even = set_double(0x1.e6063f7217bc6p-28);
+  odd = fma(odd, f2, set_double(0x1.b524fae627834p-24));
+  even = fma(even, f2, set_double(0x1.62bfd47773353p-20));
+  odd = fma(odd, f2, set_double(0x1.ffcbfc670dcd4p-17));
+  even = fma(even, f2, set_double(0x1.430913096fd9fp-13));
+  odd = fma(odd, f2, set_double(0x1.5d87fe78a5276p-10));
+  even = fma(even, f2, set_double(0x1.3b2ab6fba1ddap-7));
+  odd = fma(odd, f2, set_double(0x1.c6b08d704a0c2p-5));
+  even = fma(even, f2, set_double(0x1.ebfbdff82c598p-3));
+  odd = fma(odd, f2, set_double(0x1.62e42fefa39efp-1));
+  even = fma(even, f2, set_double(1.0));
+  return add_low_bits_to_exponent(fma(odd, f, even), shifted);
+}
+
+double sampling_weights(const float* x, int64_t n, double largest, double rate, float cut,
+                        double* weights) {
+  const DoubleVec top = set_double(largest), factor = set_double(rate);
+  const DoubleVec least = set_double(static_cast<double>(cut));
+  const auto weigh = [top, factor, least](DoubleVec v) {
+    return zero_if_less(v, least, exp2(mul(sub(v, top), factor)));
+  };
+  DoubleVec sum0 = set_double(0), sum1 = set_double(0);
+  const auto step = [&](const float* from, double* to) {
+    const DoubleVec low = weigh(load_widened(from)), high = weigh(load_widened(from + kLanes / 2));
+    store(to, low);
+    store(to + kLanes / 2, high);
+    sum0 = add(sum0, low);
+    sum1 = add(sum1, high);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) step(x + i, weights + i);
+  if (i < n) {
+    alignas(64) float part[kLanes];
+    alignas(64) double result[kLanes];
+    for (int j = 0; j < kLanes; ++j) part[j] = i + j < n ? x[i + j] : -__builtin_inff();
+    step(part, result);
+    for (int j = 0; i + j < n; ++j) weights[i + j] = result[j];
+  }
+  return reduce_add(add(sum0, sum1));
+}
+
 /// Writes one token's K column and V row of a bfloat16 sub-page, rounded to nearest even.
 inline void write_bf16(uint8_t* page, int slot, int head_dim, const float* k, const float* v) {
   alignas(64) uint16_t rounded[kMaxHeadDim];
@@ -255,6 +306,7 @@ inline void fill_elementwise(KernelTable& table) {
   table.kv_write = kv_write;
   table.argmax = argmax;
   table.sum_exp = sum_exp;
+  table.sampling_weights = sampling_weights;
 }
 
 }  // namespace

@@ -143,6 +143,30 @@ inline double double_reduce(DoubleSums s) {
   return (lane[0] + lane[1]) + (lane[2] + lane[3]);
 }
 
+// Doubles, half as many lanes.
+using DoubleVec = __m256d;
+inline DoubleVec set_double(double x) { return _mm256_set1_pd(x); }
+inline void store(double* p, DoubleVec v) { _mm256_storeu_pd(p, v); }
+inline DoubleVec add(DoubleVec a, DoubleVec b) { return _mm256_add_pd(a, b); }
+inline DoubleVec sub(DoubleVec a, DoubleVec b) { return _mm256_sub_pd(a, b); }
+inline DoubleVec mul(DoubleVec a, DoubleVec b) { return _mm256_mul_pd(a, b); }
+inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return _mm256_fmadd_pd(a, b, c); }
+inline DoubleVec load_widened(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+/// v where a >= b, 0 elsewhere.
+inline DoubleVec zero_if_less(DoubleVec a, DoubleVec b, DoubleVec v) {
+  return _mm256_and_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ), v);
+}
+/// Adds the low 12 bits of `bits` to the sign and exponent fields of `a`.
+inline DoubleVec add_low_bits_to_exponent(DoubleVec a, DoubleVec bits) {
+  return _mm256_castsi256_pd(
+      _mm256_add_epi64(_mm256_castpd_si256(a), _mm256_slli_epi64(_mm256_castpd_si256(bits), 52)));
+}
+inline double reduce_add(DoubleVec v) {
+  double lane[4];
+  store(lane, v);
+  return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+}
+
 inline void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace

@@ -147,6 +147,30 @@ inline double double_reduce(DoubleSums s) {
   return (lane[0] + lane[1]) + (lane[2] + lane[3]);
 }
 
+// Doubles, half as many lanes.
+using DoubleVec = __m512d;
+inline DoubleVec set_double(double x) { return _mm512_set1_pd(x); }
+inline void store(double* p, DoubleVec v) { _mm512_storeu_pd(p, v); }
+inline DoubleVec add(DoubleVec a, DoubleVec b) { return _mm512_add_pd(a, b); }
+inline DoubleVec sub(DoubleVec a, DoubleVec b) { return _mm512_sub_pd(a, b); }
+inline DoubleVec mul(DoubleVec a, DoubleVec b) { return _mm512_mul_pd(a, b); }
+inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return _mm512_fmadd_pd(a, b, c); }
+inline DoubleVec load_widened(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+/// v where a >= b, 0 elsewhere.
+inline DoubleVec zero_if_less(DoubleVec a, DoubleVec b, DoubleVec v) {
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_GE_OQ), v);
+}
+/// Adds the low 12 bits of `bits` to the sign and exponent fields of `a`.
+inline DoubleVec add_low_bits_to_exponent(DoubleVec a, DoubleVec bits) {
+  return _mm512_castsi512_pd(
+      _mm512_add_epi64(_mm512_castpd_si512(a), _mm512_slli_epi64(_mm512_castpd_si512(bits), 52)));
+}
+inline double reduce_add(DoubleVec v) {
+  double lane[8];
+  store(lane, v);
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
 inline void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace

@@ -150,6 +150,22 @@ double sum_exp(const float* x, float largest, int64_t n) {
   return sum;
 }
 
+double sampling_weights(const float* x, int64_t n, double largest, double rate, float cut,
+                        double* weights) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double weight = exp2((static_cast<double>(x[i]) - largest) * rate);
+    weights[i] = x[i] >= cut ? weight : 0.0;
+  }
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (int j = 0; j < kSums; ++j) sums[j] += weights[i + j];
+  }
+  for (int j = 0; i + j < n; ++j) sums[j] += weights[i + j];
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
 }  // namespace
 
 void fill_ops_generic(KernelTable& table) {
@@ -166,6 +182,7 @@ void fill_ops_generic(KernelTable& table) {
   table.kv_write = kv_write;
   table.argmax = argmax;
   table.sum_exp = sum_exp;
+  table.sampling_weights = sampling_weights;
   fill_attention_generic(table);
 }
 

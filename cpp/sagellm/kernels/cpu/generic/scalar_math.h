@@ -58,6 +58,28 @@ inline float exp(float x) {
   return exp2_reduced(rest * kLog2E, shifted);
 }
 
+constexpr double kDoubleRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
+
+/// 2^x in double for x in [-1000, 0]; see simd_elementwise.h.
+inline double exp2(double x) {
+  const double shifted = x + kDoubleRoundMagic;
+  const double f = x - (shifted - kDoubleRoundMagic);
+  double p = 0x1.e9d3fe3952179p-32;
+  p = p * f + 0x1.e6063f7217bc6p-28;
+  p = p * f + 0x1.b524fae627834p-24;
+  p = p * f + 0x1.62bfd47773353p-20;
+  p = p * f + 0x1.ffcbfc670dcd4p-17;
+  p = p * f + 0x1.430913096fd9fp-13;
+  p = p * f + 0x1.5d87fe78a5276p-10;
+  p = p * f + 0x1.3b2ab6fba1ddap-7;
+  p = p * f + 0x1.c6b08d704a0c2p-5;
+  p = p * f + 0x1.ebfbdff82c598p-3;
+  p = p * f + 0x1.62e42fefa39efp-1;
+  p = p * f + 1.0;
+  return __builtin_bit_cast(
+      double, __builtin_bit_cast(uint64_t, p) + (__builtin_bit_cast(uint64_t, shifted) << 52));
+}
+
 /// tanh(x): odd polynomial below 0.625, (1 - e) / (1 + e) with e = exp(-2|x|) above.
 inline float tanh(float x) {
   const float a = __builtin_fabsf(x), x2 = x * x;

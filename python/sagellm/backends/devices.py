@@ -80,8 +80,8 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
             ``ascend:INDEX`` (the reference backend on torch's ``npu``), ``torch`` or
             ``torch:DEVICE`` (the same on any torch device).
         **options: Options of the backend: ``threads``, ``max_batch_tokens``, ``precision``,
-            ``isa``, ``kv_dtype`` for ``cpu``; ``max_batch_tokens``, ``kv_dtype``, ``deterministic``,
-            ``cublas`` for ``cuda``. Options that are None are left to the backend.
+            ``isa``, ``kv_dtype`` for ``cpu``; ``max_batch_tokens``, ``kv_dtype``,
+            ``deterministic``, ``cublas`` for ``cuda``. Options that are None are left to the backend.
 
     Raises:
         InvalidArgumentError: An unknown device, or an option that the device does not have.

@@ -81,7 +81,8 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
             ``torch:DEVICE`` (the same on any torch device).
         **options: Options of the backend: ``threads``, ``max_batch_tokens``, ``precision``,
             ``isa``, ``kv_dtype`` for ``cpu``; ``max_batch_tokens``, ``kv_dtype``,
-            ``deterministic``, ``cublas`` for ``cuda``. Options that are None are left to the backend.
+            ``deterministic``, ``cublas`` for ``cuda``. Options that are None are left to the
+            backend.
 
     Raises:
         InvalidArgumentError: An unknown device, or an option that the device does not have.

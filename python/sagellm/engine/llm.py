@@ -160,8 +160,8 @@ class LLM:
             precision: ``a8`` or ``a15`` on the CPU.
             isa: Forces an instruction-set path.
             deterministic: On ``cuda``: answers do not depend on what runs beside them.
-            kv_dtype: Keys and values are stored so: ``bf16``, or ``int8`` in about half of
-                the memory; ``cuda`` also has ``f16`` and ``fp8``.
+            kv_dtype: How keys and values are stored: ``bf16``, or ``int8`` in about half of the
+                memory; ``cuda`` also has ``f16`` and ``fp8``.
             kv_cache_gb: Memory of the KV pool in GiB; None chooses by free memory.
             max_model_len: Longest sequence in tokens; None is the model's own limit.
             **engine_options: Other fields of ``EngineConfig``.

@@ -316,6 +316,7 @@ void run_block(std::mt19937_64& random, bool shuffled) {
 }
 
 // ------------------------------------------------------------------------------- guard-page faults
+#if !defined(__SANITIZE_ADDRESS__)
 sigjmp_buf fault_return;
 volatile std::sig_atomic_t catching_faults = 0;
 void* volatile fault_address = nullptr;
@@ -356,6 +357,7 @@ std::string describe_fault() {
   out << "address " << fault_address << ", no memory of the device";
   return out.str();
 }
+#endif
 
 /// Turns a fault inside `body` into an EmulationError. The stacks of the fibers are given up.
 template <typename Body>

@@ -243,6 +243,7 @@ TEST(Mistakes, BarriersThatNotAllReach) {
   EXPECT_PRED2(contains, failure_of(lane_missing, 32, 0, {}), "31 at test_cuda_emulator.cc");
 }
 
+#if !defined(__SANITIZE_ADDRESS__)  // which reports these itself
 struct Access {
   float* memory;
   int64_t index;
@@ -252,7 +253,6 @@ void read_global(Access p) {
 }
 void read_shared(Access p) { shared_memory<float>()[0] = shared_memory<float>()[p.index]; }
 
-#if !defined(__SANITIZE_ADDRESS__)  // which reports these itself
 TEST(Mistakes, AccessOutsideMemory) {
   auto* memory = static_cast<float*>(cuda_emulation::allocate(4096));
   EXPECT_PRED2(contains, failure_of(read_global, 32, 0, {memory, 1024}),

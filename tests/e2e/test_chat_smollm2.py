@@ -153,7 +153,7 @@ def test_tools_work_once_the_operator_names_a_format(gateway: Gateway, choice: s
     transport = httpx.ASGITransport(create_server(named).app)
 
     async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post("/v1/chat/completions", json=body, timeout=60)
 
     response = asyncio.run(ask())

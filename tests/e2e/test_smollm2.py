@@ -70,7 +70,7 @@ def test_streamed_deltas_concatenate_to_the_output(llm: LLM, temperature: float 
     assert isinstance(start, StreamEventStart)
     assert isinstance(end, StreamEventEnd)
     chunks = [delta for delta in deltas if isinstance(delta, StreamEventDelta)]
-    assert len(chunks) == len(deltas) > 10
+    assert len(chunks) == len(deltas) > 4  # guesses that hold bring several tokens at once
     assert "".join(chunk.chunk for chunk in chunks) == end.output_text
     assert [token for chunk in chunks for token in chunk.chunk_tokens] == end.output_tokens
     whole = llm.generate(prompt, **options)[0]

@@ -53,7 +53,7 @@ RULES_BEYOND_THE_SCHEMA = {
         "turn": r"^messages\.\d+\.(content|tool_call|reasoning)\S*: (only|a tool|content|the arg)",
         "result of a call": r"(no tool_use block|no function_call) with this (call_)?id",
         "prefill": r"the last message is the assistant's",
-        "no turns": r"^messages: List should have at least 1 item",
+        "no turns": r"^messages hold no content; |^input holds no turn; ",
         "tool_choice": r"^tool_choice is (named|required) and there are no tools|tool_choice names",
         "tools": r"^tools\[\d+\]: the name .* occurs twice",
         # Text in a language of its own: JSON Schema, regular expressions, Lark.

@@ -13,6 +13,7 @@ from gateway.support import BlockingRunner, HashEmbedder, mock_gateway, serve_in
 from sagellm.backends.interface import StepOutput
 from sagellm.backends.mock import MockRunner
 from sagellm.errors import UnavailableError
+from sagellm.gateway import gateway as gateway_module
 from sagellm.gateway.app import create_server
 from sagellm.gateway.config import GatewayConfig
 from sagellm.gateway.liveness import check_liveness
@@ -81,6 +82,22 @@ def test_an_embedder_with_a_thread_of_its_own_is_watched_too() -> None:
     assert check_liveness(None, stuck, 200).is_alive
     assert not check_liveness(None, dead, 200).is_alive
     assert check_liveness(None, HashEmbedder(), 1).is_alive
+
+
+class EndlessEmbedder(HashEmbedder):
+    async def close(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_an_embedder_that_never_ends_does_not_keep_the_engine_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gateway_module, "_PATIENCE_S", 1.0)
+    gateway = mock_gateway(embedder=EndlessEmbedder())
+    assert gateway.engine is not None
+    assert asyncio.run(asyncio.wait_for(gateway.close(), 60)) == 0
+    assert gateway.is_stuck
+    assert not gateway.engine.is_alive
 
 
 def test_draining_turns_ready_and_new_requests_503_while_health_stays() -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOGGED_PROMPT_CHARS = 1000
-_PATIENCE_S = 10.0  # for the step at hand when the engine is told to end
+_PATIENCE_S = 10.0  # for the step at hand when a model is told to end
 
 
 class Gateway:
@@ -47,7 +47,7 @@ class Gateway:
         metrics: All of them as one.
         is_ready: The models are loaded and warm.
         is_draining: No new requests are taken.
-        is_stuck: The engine did not end when told to.
+        is_stuck: A model did not end when told to.
         at_hand: HTTP requests without a complete answer, by id; probes do not count.
         share: What each client has at hand.
     """
@@ -287,7 +287,7 @@ class Gateway:
         Returns:
             How many of the engine's requests were cut short.
 
-        An engine that hangs in a step cannot end; then ``is_stuck`` is set, and only the end of the
+        A model that hangs in a step cannot end; then ``is_stuck`` is set, and only the end of the
         process frees it.
         """
         self.is_draining = True
@@ -296,7 +296,11 @@ class Gateway:
         self._is_closed = True
         await asyncio.to_thread(self.metrics.close)
         if self.embedder is not None:
-            await self.embedder.close()
+            try:
+                await asyncio.wait_for(self.embedder.close(), _PATIENCE_S)
+            except asyncio.TimeoutError:
+                logger.critical("the embedding model hangs and cannot end")
+                self.is_stuck = True
         if self.engine is None:
             return 0
         try:

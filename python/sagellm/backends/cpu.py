@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from itertools import starmap
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -47,6 +47,9 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
+_as_row = partial(tuple.__new__, SampledRow)  # of a tuple of its fields; no Python per row
+
+
 class NativeStep:
     """``ModelRunner.step`` on a native module's ``model.Decoder``."""
 
@@ -72,7 +75,7 @@ class NativeStep:
             return_logits,
             return_hidden,
         )
-        return StepOutput(rows=tuple(starmap(SampledRow, rows)), logits=logits, hidden=hidden)
+        return StepOutput(rows=tuple(map(_as_row, rows)), logits=logits, hidden=hidden)
 
 
 class CpuRunner(NativeStep):

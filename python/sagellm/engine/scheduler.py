@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sagellm.kv.interface import KvCache, KvGroup
 
 _ORDER = attrgetter("order")
+_RUNNING = Status.RUNNING  # a member is looked up slowly, and once per token
 
 
 class Scheduler:
@@ -225,12 +226,13 @@ class Scheduler:
             sequence = running[index]
             index += 1
             pending = sequence.num_tokens - sequence.num_computed
+            decodes_now = pending == 1
             if sequence.children:
-                if pending == 1:
+                if decodes_now:
                     decodes += self._fork(sequence)
                 else:
                     pending -= 1  # the last prompt token comes after the fork
-            if sequence.num_tokens - sequence.num_computed == 1:
+            if decodes_now:
                 decodes -= 1
                 count = 1
             else:
@@ -248,7 +250,7 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     break
-            if sequence.status is Status.RUNNING:
+            if sequence.status is _RUNNING:
                 plan.take(sequence, count)
         return self.num_preemptions > before
 

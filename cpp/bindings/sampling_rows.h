@@ -18,9 +18,8 @@ namespace sagellm::bindings {
 namespace py = pybind11;
 
 /// Reads objects with the attributes of backends.interface.SamplingRow. Made once and kept: it
-/// holds the attributes' names as Python's interned strings, which makes a look-up about ten times
-/// as fast.
-class [[gnu::visibility("hidden")]] RowReader {
+/// holds the attributes' names as interned strings, which Python's type cache knows.
+class __attribute__((visibility("hidden"))) RowReader {
  public:
   /// RowParams of a row; `keep` owns what they point into.
   sample::RowParams read(py::handle row, int64_t vocab, std::vector<py::object>& keep) const {

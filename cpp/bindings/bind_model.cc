@@ -10,11 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "decoder_step.h"
 #include "model_config.h"
 #include "sagellm/checkpoint/file.h"
 #include "sagellm/kv/kv_storage.h"
 #include "sagellm/model/decoder.h"
-#include "sampling_rows.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -23,13 +23,8 @@ namespace {
 
 using namespace sagellm;  // NOLINT: a binding file of the core
 
-using Indices = py::array_t<int32_t, py::array::c_style>;
 using Source =
     std::tuple<std::string, std::shared_ptr<checkpoint::File>, std::string, int32_t, bool>;
-
-std::span<const int32_t> span_of(const Indices& array) {
-  return {array.data(), static_cast<size_t>(array.size())};
-}
 
 std::unique_ptr<model::Decoder> make_decoder(const model::ModelConfig& config,
                                              const std::vector<Source>& sources,
@@ -46,51 +41,6 @@ std::unique_ptr<model::Decoder> make_decoder(const model::ModelConfig& config,
   options.isa = isa;
   const py::gil_scoped_release release;
   return std::make_unique<model::Decoder>(config, named, options);
-}
-
-py::tuple step(model::Decoder& decoder, const Indices& token_ids, const Indices& positions,
-               const Indices& query_starts, const Indices& block_tables,
-               const Indices& block_copies, const Indices& logit_rows, const py::sequence& sampling,
-               bool return_logits, bool return_hidden) {
-  require<InvalidArgument>(block_tables.ndim() == 3,
-                           "block_tables must have shape [groups, sequences, blocks]");
-  require<InvalidArgument>(query_starts.size() >= 2, "a step needs at least one sequence");
-  model::ForwardBatch batch;
-  batch.token_ids = span_of(token_ids);
-  batch.positions = span_of(positions);
-  batch.query_starts = span_of(query_starts);
-  batch.block_tables = span_of(block_tables);
-  batch.block_copies = span_of(block_copies);
-  batch.logit_rows = span_of(logit_rows);
-  batch.num_groups = static_cast<int32_t>(block_tables.shape(0));
-  batch.max_blocks = static_cast<int32_t>(block_tables.shape(2));
-
-  const int64_t vocab = decoder.config().vocab_size;
-  std::vector<py::object> keep;
-  std::vector<sample::RowParams> params;
-  params.reserve(sampling.size());
-  for (const auto& row : sampling) params.push_back(bindings::to_params(row, vocab, keep));
-  std::vector<sample::Result> results(params.size());
-  model::StepOutputs outputs;
-  outputs.sampled = results;
-  const auto matrix = [&](int64_t columns, float** data) {
-    py::array_t<float> array(
-        {static_cast<py::ssize_t>(logit_rows.size()), static_cast<py::ssize_t>(columns)});
-    *data = array.mutable_data();
-    return array;
-  };
-  py::object logits = py::none();
-  py::object hidden = py::none();
-  if (return_logits) logits = matrix(vocab, &outputs.logits);
-  if (return_hidden) hidden = matrix(decoder.config().hidden_size, &outputs.hidden);
-  {
-    const py::gil_scoped_release release;
-    decoder.step(batch, params, outputs);
-  }
-  py::list rows;
-  for (size_t i = 0; i < results.size(); ++i)
-    rows.append(bindings::to_tuple(results[i], params[i]));
-  return py::make_tuple(rows, logits, hidden);
 }
 
 py::dict phase_times(model::Decoder& decoder) {
@@ -116,21 +66,22 @@ void register_model(py::module_& m) {
   bindings::bind_model_config(sub);
 
   using model::Decoder;
-  py::class_<Decoder>(sub, "Decoder", "Weights on all threads of a pool, one call per engine step.")
+  py::class_<Decoder> decoder(sub, "Decoder",
+                              "Weights on all threads of a pool, one call per engine step.");
+  bindings::def_step<Decoder, model::StepOutputs>(
+      decoder,
+      "Runs one step; returns (rows, logits | None, hidden | None). Rows are tuples (token_id,\n"
+      "logprob | None, top_ids, top_logprobs, error | None), one per entry of `sampling`.\n"
+      "Hidden states are those after the final norm.",
+      [](Decoder& d, const model::ForwardBatch& batch, std::span<const sample::RowParams> params,
+         const model::StepOutputs& outputs) { d.step(batch, params, outputs); });
+  decoder
       .def(py::init(&make_decoder), "config"_a, "sources"_a, "num_threads"_a, "max_batch_tokens"_a,
            "accurate"_a = false, "isa"_a = "",
            "`sources`: (canonical name, file, tensor, unpermute_heads, add_one) tuples. `accurate` "
            "selects 15-bit\n"
            "activations for quantized weights.")
       .def("attach_kv", &Decoder::attach_kv, "storage"_a)
-      .def("step", &step, "token_ids"_a.noconvert(), "positions"_a.noconvert(),
-           "query_starts"_a.noconvert(), "block_tables"_a.noconvert(), "block_copies"_a.noconvert(),
-           "logit_rows"_a.noconvert(), "sampling"_a, "return_logits"_a = false,
-           "return_hidden"_a = false,
-           "Runs one step; returns (rows, logits | None, hidden | None). Rows are tuples "
-           "(token_id,\n"
-           "logprob | None, top_ids, top_logprobs, error | None), one per entry of `sampling`.\n"
-           "Hidden states are those after the final norm.")
       .def(
           "time_phases", [](Decoder& d, bool enabled) { d.phase_timer().enable(enabled); },
           "enabled"_a,

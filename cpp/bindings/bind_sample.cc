@@ -18,15 +18,16 @@ namespace {
 
 using namespace sagellm;  // NOLINT: a binding file of the core
 
-py::list sample_rows(const py::array_t<float, py::array::c_style>& logits, const py::sequence& rows,
-                     const std::string& isa) {
+py::tuple sample_rows(const py::array_t<float, py::array::c_style>& logits,
+                      const py::sequence& rows, const std::string& isa) {
   require<InvalidArgument>(
       logits.ndim() == 2 && static_cast<size_t>(logits.shape(0)) == rows.size(),
       "logits must have shape [rows, vocab] with one row per entry of rows");
   const int64_t vocab = logits.shape(1);
   std::vector<py::object> keep;
   std::vector<sample::RowParams> params;
-  for (const auto& row : rows) params.push_back(bindings::to_params(row, vocab, keep));
+  const bindings::RowReader reader;
+  for (const auto& row : rows) params.push_back(reader.read(row, vocab, keep));
   const kernels::KernelTable& table = kernels::kernel_table(isa);
   std::vector<sample::Result> results;
   {
@@ -37,9 +38,7 @@ py::list sample_rows(const py::array_t<float, py::array::c_style>& logits, const
                                            params[i], table, scratch));
     }
   }
-  py::list out;
-  for (size_t i = 0; i < results.size(); ++i) out.append(bindings::to_tuple(results[i], params[i]));
-  return out;
+  return bindings::to_tuples(results, params);
 }
 
 }  // namespace

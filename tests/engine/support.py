@@ -126,7 +126,7 @@ def expected_tokens(
             block_copies=np.zeros((0, 2), dtype=np.int32),
             logit_rows=np.array([n - 1], dtype=np.int32),
         )
-        row = runner.step(batch, (sampling.row(so_far),)).rows[0]
+        row = runner.step(batch, tuple(sampling.rows(n, so_far))).rows[0]
         tokens.append(row.token_id)
         if row.token_id == EOS_ID and not request.sampling.ignore_eos:
             break

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +32,7 @@ from sagellm.errors import InvalidArgumentError
 
 def lookup_of(tokens: list[int]) -> PromptLookup:
     lookup = PromptLookup()
-    lookup.update(np.array(tokens, dtype=np.int32))
+    lookup.extend(tokens)
     return lookup
 
 
@@ -64,9 +63,9 @@ def test_a_match_that_reaches_the_end_goes_on_in_circles() -> None:
 def test_a_prediction_that_holds_lengthens_the_match() -> None:
     tokens = [1, 2, 3, 4, 5, 1, 2]
     lookup = lookup_of(tokens)
-    lookup.update(np.array([*tokens, 3, 4], dtype=np.int32))
+    lookup.extend([3, 4])
     assert (lookup.match, lookup.draft(2)) == (4, [5, 1])
-    lookup.update(np.array([*tokens, 3, 4, 9], dtype=np.int32))
+    lookup.extend([9])
     assert (lookup.match, lookup.draft(1)) == (0, [])
 
 
@@ -76,11 +75,11 @@ def test_matches_that_keep_failing_lose_trust_and_regain_it() -> None:
     for i in range(40):  # a pair that every time goes on differently
         tokens += [1, 2, 100 + i]
         for end in range(len(tokens) - 3, len(tokens)):
-            lookup.update(np.array(tokens[: end + 1], dtype=np.int32))
+            lookup.extend(tokens[len(lookup) : end + 1])
     assert lookup.trust < 0.5
     for _ in range(40):
         tokens.append(7)
-        lookup.update(np.array(tokens, dtype=np.int32))
+        lookup.extend(tokens[len(lookup) :])
     assert lookup.trust > 0.9
 
 
@@ -90,7 +89,7 @@ def test_a_guess_stood_behind_the_end_of_the_text_before(
 ) -> None:
     lookup = PromptLookup()
     for end in sorted({min(cut, len(tokens)) for cut in cuts} | {len(tokens)}):
-        lookup.update(np.array(tokens[:end], dtype=np.int32))
+        lookup.extend(tokens[len(lookup) : end])
     guess = lookup.draft(1)
     pairs = list(itertools.pairwise(tokens[:-1]))
     assert bool(guess) == (len(tokens) >= 3 and tuple(tokens[-2:]) in pairs)
@@ -336,9 +335,9 @@ def test_a_first_token_waits_for_no_guess() -> None:
 def test_a_lookup_asked_twice_answers_the_same() -> None:
     lookup = lookup_of([5, 6, 7, 8, 9, 1, 5, 6])
     for tokens in ([5, 6, 7, 8, 9, 1, 5, 6], [5, 6, 7, 8, 9, 1, 5, 6, 3]):
-        lookup.update(np.array(tokens, dtype=np.int32))
+        lookup.extend(tokens[len(lookup) :])
         drafted = lookup.draft(2)
-        lookup.update(np.array(tokens, dtype=np.int32))
+        lookup.extend(tokens[len(lookup) :])
         assert lookup.draft(2) == drafted == ([7, 8] if tokens[-1] == 6 else [])
 
 

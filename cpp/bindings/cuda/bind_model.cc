@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../decoder_step.h"
 #include "../model_config.h"
-#include "../sampling_rows.h"
 #include "device_array.h"
 #include "sagellm/cuda/decoder.h"
 #include "sagellm/cuda/step_shape.h"
@@ -23,14 +23,9 @@ namespace {
 
 using namespace sagellm;  // NOLINT: a binding file of the core
 
-using Indices = py::array_t<int32_t, py::array::c_style>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Source = std::tuple<std::string, std::string, std::vector<int64_t>, Bytes, int32_t, bool>;
 using kernels::cuda::KvType;
-
-std::span<const int32_t> span_of(const Indices& array) {
-  return {array.data(), static_cast<size_t>(array.size())};
-}
 
 KvType kv_type_of(const std::string& name) {
   if (name == "auto" || name == "bf16") return KvType::kBF16;
@@ -81,52 +76,6 @@ std::unique_ptr<cuda::Decoder> make_decoder(const model::ModelConfig& config,
   return std::make_unique<cuda::Decoder>(config, tensors, options);
 }
 
-py::tuple step(cuda::Decoder& decoder, const Indices& token_ids, const Indices& positions,
-               const Indices& query_starts, const Indices& block_tables,
-               const Indices& block_copies, const Indices& logit_rows, const py::sequence& sampling,
-               bool return_logits, bool return_hidden) {
-  require<InvalidArgument>(block_tables.ndim() == 3,
-                           "block_tables must have shape [groups, sequences, blocks]");
-  require<InvalidArgument>(query_starts.size() >= 2, "a step needs at least one sequence");
-  model::ForwardBatch batch;
-  batch.token_ids = span_of(token_ids);
-  batch.positions = span_of(positions);
-  batch.query_starts = span_of(query_starts);
-  batch.block_tables = span_of(block_tables);
-  batch.block_copies = span_of(block_copies);
-  batch.logit_rows = span_of(logit_rows);
-  batch.num_groups = static_cast<int32_t>(block_tables.shape(0));
-  batch.max_blocks = static_cast<int32_t>(block_tables.shape(2));
-
-  const int64_t vocab = decoder.config().vocab_size;
-  std::vector<py::object> keep;
-  std::vector<sample::RowParams> params;
-  params.reserve(sampling.size());
-  for (const auto& row : sampling) params.push_back(bindings::to_params(row, vocab, keep));
-  std::vector<sample::Result> results(params.size());
-  cuda::StepOutputs outputs;
-  outputs.sampled = results;
-  const auto matrix = [&](int64_t columns, float** data) {
-    py::array_t<float> array(
-        {static_cast<py::ssize_t>(logit_rows.size()), static_cast<py::ssize_t>(columns)});
-    *data = array.mutable_data();
-    return array;
-  };
-  py::object logits = py::none();
-  py::object hidden = py::none();
-  if (return_logits) logits = matrix(vocab, &outputs.logits);
-  if (return_hidden) hidden = matrix(decoder.config().hidden_size, &outputs.hidden);
-  {
-    const py::gil_scoped_release release;
-    decoder.launch(batch, params, outputs);
-    decoder.wait();
-  }
-  py::list rows;
-  for (size_t i = 0; i < results.size(); ++i)
-    rows.append(bindings::to_tuple(results[i], params[i]));
-  return py::make_tuple(rows, logits, hidden);
-}
-
 }  // namespace
 
 void register_model(py::module_& m) {
@@ -136,8 +85,16 @@ void register_model(py::module_& m) {
           "Numbers of sequences that decode steps are padded to.");
 
   using cuda::Decoder;
-  py::class_<Decoder>(sub, "Decoder", py::module_local(),
-                      "Weights on a device, one call per engine step.")
+  py::class_<Decoder> decoder(sub, "Decoder", py::module_local(),
+                              "Weights on a device, one call per engine step.");
+  bindings::def_step<Decoder, cuda::StepOutputs>(
+      decoder, "See _core.model.Decoder.step.",
+      [](Decoder& d, const model::ForwardBatch& batch, std::span<const sample::RowParams> params,
+         const cuda::StepOutputs& outputs) {
+        d.launch(batch, params, outputs);
+        d.wait();
+      });
+  decoder
       .def(py::init(&make_decoder), py::kw_only(), "config"_a, "sources"_a, "device"_a,
            "max_batch_tokens"_a, "max_graph_sequences"_a = 256, "kv_dtype"_a = "auto",
            "deterministic"_a = false, "use_cublas"_a = true,
@@ -148,10 +105,6 @@ void register_model(py::module_& m) {
       .def("allocate_kv", &Decoder::allocate_kv, "num_blocks"_a, "block_size"_a,
            py::call_guard<py::gil_scoped_release>())
       .def("kv_bytes_per_block", &Decoder::kv_bytes_per_block, "block_size"_a)
-      .def("step", &step, "token_ids"_a.noconvert(), "positions"_a.noconvert(),
-           "query_starts"_a.noconvert(), "block_tables"_a.noconvert(), "block_copies"_a.noconvert(),
-           "logit_rows"_a.noconvert(), "sampling"_a, "return_logits"_a = false,
-           "return_hidden"_a = false, "See _core.model.Decoder.step.")
       .def_property_readonly("kv_dtype", [](const Decoder& d) { return kv_type_name(d.kv_type()); })
       .def_property_readonly("matmul", &Decoder::matmul,
                              "What multiplies: a library or own kernels.")

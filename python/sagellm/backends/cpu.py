@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -47,7 +47,38 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-class CpuRunner:
+_as_row = partial(tuple.__new__, SampledRow)  # of a tuple of its fields; no Python per row
+
+
+class NativeStep:
+    """``ModelRunner.step`` on a native module's ``model.Decoder``."""
+
+    _decoder: Any
+
+    def step(
+        self,
+        batch: ForwardBatch,
+        sampling: tuple[SamplingRow, ...] = (),
+        *,
+        return_logits: bool = False,
+        return_hidden: bool = False,
+    ) -> StepOutput:
+        """Runs one forward pass in one native call; see ``ModelRunner.step``."""
+        rows, logits, hidden = self._decoder.step(
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.block_tables,
+            batch.block_copies,
+            batch.logit_rows,
+            sampling,
+            return_logits,
+            return_hidden,
+        )
+        return StepOutput(rows=tuple(map(_as_row, rows)), logits=logits, hidden=hidden)
+
+
+class CpuRunner(NativeStep):
     """Runs a checkpoint on the CPU kernels of ``_core``.
 
     Args:
@@ -183,28 +214,6 @@ class CpuRunner:
             enable_prefix_caching=enable_prefix_caching,
         )
 
-    def step(
-        self,
-        batch: ForwardBatch,
-        sampling: tuple[SamplingRow, ...] = (),
-        *,
-        return_logits: bool = False,
-        return_hidden: bool = False,
-    ) -> StepOutput:
-        """Runs one forward pass in one native call; see ``ModelRunner.step``."""
-        rows, logits, hidden = self._decoder.step(
-            batch.token_ids,
-            batch.positions,
-            batch.query_starts,
-            batch.block_tables,
-            batch.block_copies,
-            batch.logit_rows,
-            sampling,
-            return_logits,
-            return_hidden,
-        )
-        return StepOutput(rows=tuple(sampled_rows(rows)), logits=logits, hidden=hidden)
-
     def time_phases(self, enabled: bool) -> None:
         """Starts timing the phases of steps from zero, or stops. Not while a step runs."""
         self._decoder.time_phases(enabled)
@@ -216,21 +225,6 @@ class CpuRunner:
     def close(self) -> None:
         """Frees weights and KV pages; the runner is unusable afterwards."""
         del self._decoder
-
-
-_NativeRow = tuple[int, "float | None", tuple[int, ...], tuple[float, ...], "str | None"]
-
-
-def sampled_rows(rows: Iterable[_NativeRow]) -> Iterable[SampledRow]:
-    """What a native step answered, row by row."""
-    for token_id, logprob, top_ids, top_logprobs, error in rows:
-        yield SampledRow(
-            token_id=token_id,
-            logprob=logprob,
-            top_ids=top_ids,
-            top_logprobs=top_logprobs,
-            error=error,
-        )
 
 
 def native_config(core: ModuleType, config: ModelConfig, groups: tuple[KvGroup, ...]) -> Any:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sagellm.backends.cpu import native_config, sampled_rows
-from sagellm.backends.interface import ForwardBatch, SamplingRow, StepOutput
+from sagellm.backends.cpu import NativeStep, native_config
 from sagellm.errors import DeviceUnavailableError, InvalidArgumentError, SagellmError
 from sagellm.kv import create_kv_cache, plan_kv_groups
 
@@ -86,7 +85,7 @@ def self_test(module: ModuleType) -> str | None:
     return f"{wrong} of {expected.size} elements of a product are wrong" if wrong else None
 
 
-class CudaRunner:
+class CudaRunner(NativeStep):
     """Runs a checkpoint on the kernels of ``_cuda``.
 
     Args:
@@ -228,28 +227,6 @@ class CudaRunner:
             native=True,
             enable_prefix_caching=enable_prefix_caching,
         )
-
-    def step(
-        self,
-        batch: ForwardBatch,
-        sampling: tuple[SamplingRow, ...] = (),
-        *,
-        return_logits: bool = False,
-        return_hidden: bool = False,
-    ) -> StepOutput:
-        """Runs one forward pass in one native call; see ``ModelRunner.step``."""
-        rows, logits, hidden = self._decoder.step(
-            batch.token_ids,
-            batch.positions,
-            batch.query_starts,
-            batch.block_tables,
-            batch.block_copies,
-            batch.logit_rows,
-            sampling,
-            return_logits,
-            return_hidden,
-        )
-        return StepOutput(rows=tuple(sampled_rows(rows)), logits=logits, hidden=hidden)
 
     def close(self) -> None:
         """Frees weights and KV pages; the runner is unusable afterwards."""

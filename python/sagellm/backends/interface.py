@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from sagellm.checkpoint.config import ModelConfig
 from sagellm.kv.interface import KvCache, KvGroup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: built for every step
 class ForwardBatch:
     """The tokens of one engine step. S sequences, T tokens, R rows whose logits are wanted.
 
@@ -83,8 +83,7 @@ class SamplingRow:
     forced_token: int = -1
 
 
-@dataclass(slots=True, kw_only=True)  # not frozen: built for every token
-class SampledRow:
+class SampledRow(NamedTuple):
     """The outcome of one SamplingRow."""
 
     token_id: int
@@ -94,7 +93,7 @@ class SampledRow:
     error: str | None = None  # e.g. "logits are not finite"; fails this request only
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: built for every step
 class StepOutput:
     """Result of one step.
 

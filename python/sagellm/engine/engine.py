@@ -304,8 +304,9 @@ class Engine:
         self, sampled: list[tuple[Sequence, list[SampledRow]]], outputs: list[SequenceOutput]
     ) -> None:
         now = self._clock()
+        running = Status.RUNNING
         for sequence, rows in sampled:
-            if sequence.status is not Status.RUNNING:
+            if sequence.status is not running:
                 continue  # another completion of its request failed
             if rows[0].error is not None:
                 self._fail(sequence.state, sequence.failure_of(rows[0].error), outputs)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 MIN_MATCH = 2
 """Tokens of the shortest match."""
@@ -43,15 +38,15 @@ class PromptLookup:
         """See the class."""
         return min(1.0, (self._num_hits + 1.0) / (self._num_promised + 1.0))
 
-    def update(self, tokens: NDArray[np.int32]) -> None:
-        """Takes what is new.
+    def __len__(self) -> int:
+        """Tokens seen so far."""
+        return len(self._tokens)
 
-        Args:
-            tokens: The whole sequence; its beginning is what earlier calls saw.
-        """
+    def extend(self, token_ids: list[int]) -> None:
+        """Takes the tokens that follow those seen so far."""
         known = self._tokens
         first = len(known)
-        known.frombytes(tokens[first:].tobytes())
+        known.extend(token_ids)
         size = len(known)
         if size == first:
             return

@@ -173,9 +173,10 @@ class Sequence:
     failure: Failure | None = None
     num_sent_tokens: int = 0
     _buffer: NDArray[np.int32] = field(init=False)
+    _num_buffered: int = field(init=False)  # tokens in the buffer; the last ones of the output lag
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = self.num_tokens = len(self.prompt)
+        self.num_prompt_tokens = self.num_tokens = self._num_buffered = len(self.prompt)
         self._buffer = self.prompt
 
     @property
@@ -185,26 +186,28 @@ class Sequence:
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """Prompt and output so far, ``[num_tokens]``: a view, valid until the next ``append``."""
-        return self._buffer[: self.num_tokens]
+        """Prompt and output so far, ``[num_tokens]``: a view, valid until the next ``accept``."""
+        return self.slice(0, self.num_tokens)
 
     def slice(self, start: int, stop: int) -> NDArray[np.int32]:
         """Tokens ``start .. stop - 1``, a view; guesses are behind the last token."""
+        if self._num_buffered < self.num_tokens:
+            missing = self.output_tokens[self._num_buffered - self.num_prompt_tokens :]
+            self._write(self._num_buffered, missing)
+            self._num_buffered = self.num_tokens
         return self._buffer[start:stop]
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """``slice`` as a list; those of the output take no NumPy."""
+        first = self.num_prompt_tokens
+        if start < first or stop > self.num_tokens:
+            values: list[int] = self.slice(start, stop).tolist()
+            return values
+        return self.output_tokens[start - first : stop - first]
 
     def set_draft(self, token_ids: list[int]) -> None:
         """Writes guesses behind the last token, for ``slice``; appended tokens replace them."""
-        end = self.num_tokens + len(token_ids)
-        self._make_room(end)
-        self._buffer[self.num_tokens : end] = token_ids
-
-    def append(self, token_id: int) -> None:
-        """Adds one output token."""
-        position = self.num_tokens
-        self._make_room(position + 1)
-        self._buffer[position] = token_id
-        self.num_tokens = position + 1
-        self.output_tokens.append(token_id)
+        self._write(self.num_tokens, token_ids)
 
     def accept(self, rows: list[SampledRow], now: float) -> FinishReason | None:
         """Adds sampled tokens up to one that ends the sequence.
@@ -219,32 +222,27 @@ class Sequence:
         Raises:
             InvalidArgumentError: The grammar outgrows its limits.
         """
-        for row in rows:
-            reason = self._accept(row, now)
-            if reason is not None:
-                return reason
-        return None
-
-    def _accept(self, row: SampledRow, now: float) -> FinishReason | None:
-        token_id, text = row.token_id, self.text
-        self.append(token_id)
+        text, grammar = self.text, self.sampling.grammar
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
-        if row.logprob is not None:
-            self.logprobs.append(row)
-        if token_id in text.stop_ids:
-            text.finish()
-            return "stop"
-        grammar = self.sampling.grammar
-        is_complete = grammar is not None and grammar.accept(token_id)
-        if text.push(token_id):
-            return "stop"
-        if is_complete:
-            text.finish()
-            return "stop"
-        if self.num_tokens >= self.max_length:
-            return "stop" if text.finish() else "length"
+        for row in rows:
+            token_id = row.token_id
+            self.num_tokens += 1
+            self.output_tokens.append(token_id)
+            if row.logprob is not None:
+                self.logprobs.append(row)
+            if token_id in text.stop_ids:
+                text.finish()
+                return "stop"
+            is_complete = grammar is not None and grammar.accept(token_id)
+            if text.push(token_id):
+                return "stop"
+            if is_complete:
+                text.finish()
+                return "stop"
+            if self.num_tokens >= self.max_length:
+                return "stop" if text.finish() else "length"
         return None
 
     def failure_of(self, error: str) -> Failure:
@@ -265,11 +263,14 @@ class Sequence:
             retryable=False,
         )
 
-    def _make_room(self, size: int) -> None:
-        if size > len(self._buffer) or self._buffer is self.prompt:
-            grown = np.empty(min(2 * size + 64, self.max_length + 1), dtype=np.int32)
-            grown[: self.num_tokens] = self._buffer[: self.num_tokens]
+    def _write(self, start: int, token_ids: list[int]) -> None:
+        stop = start + len(token_ids)
+        if stop > len(self._buffer) or self._buffer is self.prompt:
+            grown = np.empty(min(2 * stop + 64, self.max_length + 1), dtype=np.int32)
+            known = self._num_buffered
+            grown[:known] = self._buffer[:known]
             self._buffer = grown
+        self._buffer[start:stop] = token_ids
 
 
 def salt_of(cache_salt: str | None) -> int:

@@ -38,13 +38,19 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 class Sampling:
-    """The sampling rule of one sequence; ``rows`` is what the next step needs of it."""
+    """The sampling rule of one sequence; ``rows`` is what the next step needs of it.
+
+    Attributes:
+        seed: Of this sequence, 64 bits.
+        grammar: What the output must follow, if anything.
+        needs_tokens: Whether the rule looks at the tokens so far.
+    """
 
     __slots__ = (
         "_barred",
         "_bias_ids",
         "_bias_values",
-        "_constant",
+        "_fixed",
         "_frequency",
         "_min_length",
         "_min_p",
@@ -57,6 +63,7 @@ class Sampling:
         "_top_k",
         "_top_p",
         "grammar",
+        "needs_tokens",
         "seed",
     )
 
@@ -105,28 +112,33 @@ class Sampling:
             ids = sorted(params.logit_bias)
             self._bias_ids = np.array(ids, dtype=np.int32)
             self._bias_values = np.array([params.logit_bias[i] for i in ids], dtype=np.float32)
-        # A greedy row without penalties is the same in every step.
-        self._constant: SamplingRow | None = None
-        if self._temperature == 0.0 and not self._needs_history:
-            self._constant = self._build(None, 0, None)
+        self.needs_tokens = self._needs_history or grammar is not None
+        # Without penalties and a set of allowed tokens, only the position changes.
+        self._fixed = self._build(None, 0, None) if not self._needs_history else None
 
-    def row(self, tokens: NDArray[np.int32]) -> SamplingRow:
-        """How to draw the token that follows ``tokens``, the prompt and the output so far."""
-        return self._row(tokens, len(tokens), self.grammar)
-
-    def rows(self, tokens: NDArray[np.int32], num_drafted: int) -> list[SamplingRow]:
+    def rows(
+        self, length: int, tokens: NDArray[np.int32] | None, num_drafted: int = 0
+    ) -> list[SamplingRow]:
         """How to draw the token behind the last one that is sure, and behind each guess.
 
+        Valid until the next call.
+
         Args:
-            tokens: Prompt and output so far, and behind them
+            length: Prompt and output so far, and behind them
             num_drafted: tokens that are guessed; the grammar, if there is one, permits them.
+            tokens: All of these; may be None unless ``needs_tokens``.
         """
         if num_drafted == 0:
-            return [self.row(tokens)]
-        first = len(tokens) - num_drafted
-        positions = range(first, len(tokens) + 1)
+            fixed = self._fixed
+            if fixed is None or self.grammar is not None or length < self._min_length:
+                return [self._row(tokens, length, self.grammar)]
+            fixed.position = length
+            return [fixed]
+        first = length - num_drafted
+        positions = range(first, length + 1)
         if self.grammar is None:
             return [self._row(tokens, position, None) for position in positions]
+        assert tokens is not None
         ahead = self.grammar.copy()
         rows: list[SamplingRow] = []
         for position in positions:
@@ -139,7 +151,7 @@ class Sampling:
         return rows
 
     def _row(
-        self, tokens: NDArray[np.int32], position: int, grammar: SequenceGrammar | None
+        self, tokens: NDArray[np.int32] | None, position: int, grammar: SequenceGrammar | None
     ) -> SamplingRow:
         barred = self._barred if position < self._min_length else None
         allowed = None
@@ -147,9 +159,10 @@ class Sampling:
             allowed = grammar.allowed(barred)
         elif barred is not None:
             allowed = ~barred
-        elif self._constant is not None:
-            return self._constant
-        history = tokens[:position] if self._needs_history else None
+        history = None
+        if self._needs_history:
+            assert tokens is not None
+            history = tokens[:position]
         return self._build(history, position, allowed)
 
     def _build(

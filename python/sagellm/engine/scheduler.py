@@ -39,25 +39,7 @@ if TYPE_CHECKING:
     from sagellm.kv.interface import KvCache, KvGroup
 
 _ORDER = attrgetter("order")
-
-
-class _PlanBuilder:
-    """A StepPlan in the making."""
-
-    __slots__ = ("budget", "counts", "drafts", "failures", "sequences")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.sequences: list[Sequence] = []
-        self.counts: list[int] = []
-        self.drafts: list[int] = []
-        self.failures: list[tuple[RequestState, Failure]] = []
-
-    def take(self, sequence: Sequence, count: int) -> None:
-        self.sequences.append(sequence)
-        self.counts.append(count)
-        self.drafts.append(0)
-        self.budget -= count
+_RUNNING = Status.RUNNING  # a member is looked up slowly, and once per token
 
 
 class Scheduler:
@@ -158,18 +140,14 @@ class Scheduler:
         Returns:
             A plan, possibly without sequences; its failures have left the scheduler.
         """
-        builder = _PlanBuilder(self._max_batch_tokens)
-        self._expire(now, builder)
-        if not self._schedule_running(builder):
-            self._admit_waiting(now, builder)
+        plan = StepPlan(budget=self._max_batch_tokens)
+        if self._deadlines:
+            self._expire(now, plan)
+        if not self._schedule_running(plan) and self._waiting:
+            self._admit_waiting(now, plan)
         if self._drafter is not None:
-            self._draft_ahead(builder, self._drafter)
-        return StepPlan(
-            sequences=tuple(builder.sequences),
-            counts=tuple(builder.counts),
-            drafts=tuple(builder.drafts),
-            failures=tuple(builder.failures),
-        )
+            self._draft_ahead(plan, self._drafter)
+        return plan
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[tuple[Sequence, list[SampledRow]]]:
         """Takes the result of a step: tokens become computed, full blocks are published.
@@ -198,7 +176,9 @@ class Scheduler:
                 scores.rows += scored
             sequence.num_computed = computed
             if computed == sequence.num_tokens:
-                drawn = self._keep(sequence, list(islice(rows, drafted + 1)))
+                drawn = [next(rows)]
+                if drafted > 0:
+                    drawn = self._keep(sequence, [*drawn, *islice(rows, drafted)])
                 sampled.append((sequence, drawn))
                 if drawn[0].error is not None:
                     continue
@@ -214,17 +194,16 @@ class Scheduler:
         A row with an error is given out alone: behind a guess it is left to the next step.
         """
         num_drafted, num_accepted = len(rows) - 1, 0
-        if num_drafted > 0:
-            draft = sequence.slice(sequence.num_tokens, sequence.num_tokens + num_drafted)
-            for row, token_id, following in zip(rows, draft.tolist(), rows[1:], strict=False):
-                if (row.token_id, row.error, following.error) != (token_id, None, None):
-                    break
-                num_accepted += 1
-            sequence.num_computed += num_accepted
-            sequence.num_drafted += num_drafted
-            sequence.num_accepted += num_accepted
-            self.num_drafted += num_drafted
-            self.num_accepted += num_accepted
+        draft = sequence.ids(sequence.num_tokens, sequence.num_tokens + num_drafted)
+        for row, token_id, following in zip(rows, draft, rows[1:], strict=False):
+            if (row.token_id, row.error, following.error) != (token_id, None, None):
+                break
+            num_accepted += 1
+        sequence.num_computed += num_accepted
+        sequence.num_drafted += num_drafted
+        sequence.num_accepted += num_accepted
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
         return rows[: num_accepted + 1]
 
     def _commit(self, sequence: Sequence) -> None:
@@ -234,7 +213,7 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------- running
 
-    def _schedule_running(self, builder: _PlanBuilder) -> bool:
+    def _schedule_running(self, plan: StepPlan) -> bool:
         """Plans the running sequences; returns whether one was preempted."""
         running = self._running
         before = self.num_preemptions
@@ -243,54 +222,55 @@ class Scheduler:
             if sequence.num_tokens - sequence.num_computed == 1:
                 decodes += 1
         index = 0
-        while index < len(running) and builder.budget > 0:
+        while index < len(running) and plan.budget > 0:
             sequence = running[index]
             index += 1
             pending = sequence.num_tokens - sequence.num_computed
+            decodes_now = pending == 1
             if sequence.children:
-                if pending == 1:
+                if decodes_now:
                     decodes += self._fork(sequence)
                 else:
                     pending -= 1  # the last prompt token comes after the fork
-            if sequence.num_tokens - sequence.num_computed == 1:
+            if decodes_now:
                 decodes -= 1
                 count = 1
             else:
-                count = min(pending, self._chunk_tokens, builder.budget - decodes)
+                count = min(pending, self._chunk_tokens, plan.budget - decodes)
                 if count <= 0:
                     continue
             end = sequence.num_computed + count
             while end > sequence.num_reserved and not self._reserve(sequence, end):
                 victim = running[-1]
                 if victim is sequence and index == 1:
-                    self._fail_alone(sequence, builder)
+                    self._fail_alone(sequence, plan)
                     break
                 if victim is not sequence and victim.num_tokens - victim.num_computed == 1:
                     decodes -= 1
                 self._preempt(victim)
                 if victim is sequence:
                     break
-            if sequence.status is Status.RUNNING:
-                builder.take(sequence, count)
+            if sequence.status is _RUNNING:
+                plan.take(sequence, count)
         return self.num_preemptions > before
 
-    def _draft_ahead(self, builder: _PlanBuilder, drafter: Drafter) -> None:
+    def _draft_ahead(self, plan: StepPlan, drafter: Drafter) -> None:
         """Lets sequences that decode compute guesses behind their last token.
 
         No first token waits for guesses.
         """
         decodes = [
             index
-            for index, sequence in enumerate(builder.sequences)
-            if builder.counts[index] == 1
+            for index, sequence in enumerate(plan.sequences)
+            if plan.counts[index] == 1
             and sequence.num_tokens - sequence.num_computed == 1
             and sequence.output_tokens
         ]
-        num_tokens = self._max_batch_tokens - builder.budget
+        num_tokens = self._max_batch_tokens - plan.budget
         for index in decodes:
-            sequence = builder.sequences[index]
+            sequence = plan.sequences[index]
             room = min(
-                builder.budget,
+                plan.budget,
                 self._chunk_tokens - 1,
                 sequence.num_reserved - sequence.num_tokens,
                 sequence.max_length - sequence.num_tokens - 1,
@@ -303,9 +283,9 @@ class Scheduler:
                 draft = draft[: grammar.num_permitted(draft)]
             if draft:
                 sequence.set_draft(draft)
-                builder.counts[index] += len(draft)
-                builder.drafts[index] = len(draft)
-                builder.budget -= len(draft)
+                plan.counts[index] += len(draft)
+                plan.drafts[index] = len(draft)
+                plan.budget -= len(draft)
 
     def _reserve(self, sequence: Sequence, end: int) -> bool:
         """Makes positions ``< end`` writable, and the rest of their block at no cost."""
@@ -347,18 +327,18 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------- admission
 
-    def _admit_waiting(self, now: float, builder: _PlanBuilder) -> None:
-        while self._waiting and builder.budget > 0 and len(self._running) < self._max_num_seqs:
+    def _admit_waiting(self, now: float, plan: StepPlan) -> None:
+        while self._waiting and plan.budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
             mark = (sequence.sequence_id, self._num_releases)
             if self._running and self._stalled == mark:
                 return  # nothing was given back since it found no room
-            count = self._admit(sequence, builder.budget)
+            count = self._admit(sequence, plan.budget)
             if count is None:
                 if self._running:
                     self._stalled = (sequence.sequence_id, self._num_releases)
                     return
-                self._fail_alone(sequence, builder)
+                self._fail_alone(sequence, plan)
                 continue
             self._waiting.pop(0)
             insort(self._running, sequence, key=_ORDER)
@@ -366,7 +346,7 @@ class Scheduler:
             if sequence.state.scheduled_at is None:
                 sequence.state.scheduled_at = now
             if count > 0:
-                builder.take(sequence, count)
+                plan.take(sequence, count)
 
     def _admit(self, sequence: Sequence, budget: int) -> int | None:
         """Gives a sequence its cached prefix and its first blocks.
@@ -405,7 +385,7 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------- endings
 
-    def _expire(self, now: float, builder: _PlanBuilder) -> None:
+    def _expire(self, now: float, plan: StepPlan) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, state = heapq.heappop(self._deadlines)
             if not _is_live(state):
@@ -421,10 +401,10 @@ class Scheduler:
                     ),
                     retryable=True,
                 ),
-                builder,
+                plan,
             )
 
-    def _fail_alone(self, sequence: Sequence, builder: _PlanBuilder) -> None:
+    def _fail_alone(self, sequence: Sequence, plan: StepPlan) -> None:
         needed = blocks_needed(
             self._groups, self._block_size, sequence.num_tokens, self._chunk_tokens
         )
@@ -439,12 +419,12 @@ class Scheduler:
                 ),
                 retryable=False,
             ),
-            builder,
+            plan,
         )
 
-    def _fail(self, state: RequestState, failure: Failure, builder: _PlanBuilder) -> None:
+    def _fail(self, state: RequestState, failure: Failure, plan: StepPlan) -> None:
         self.abort(state)
-        builder.failures.append((state, failure))
+        plan.failures.append((state, failure))
 
     def _release(self, sequence: Sequence) -> None:
         blocks = self._kv.num_blocks_of(sequence.sequence_id)

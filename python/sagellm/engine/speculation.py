@@ -76,7 +76,7 @@ class PromptLookupDrafter:
         lookup = sequence.lookup
         if lookup is None:
             lookup = sequence.lookup = PromptLookup()
-        lookup.update(sequence.tokens)
+        lookup.extend(sequence.ids(len(lookup), sequence.num_tokens))
         if self._max_draft is not None:
             count = self._max_draft
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,26 +16,37 @@ if TYPE_CHECKING:
     from sagellm.kv.interface import KvCache
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: built for every step
 class StepPlan:
     """Which tokens one step computes.
 
     Attributes:
+        budget: Tokens that may be added.
         sequences: In the order of the batch.
         counts: Tokens of each, following its ``num_computed``.
         drafts: How many of them, the last ones, are guessed (see ``speculation``).
         failures: Requests that cannot go on, taken out of the scheduler already.
     """
 
-    sequences: tuple[Sequence, ...] = ()
-    counts: tuple[int, ...] = ()
-    drafts: tuple[int, ...] = ()
-    failures: tuple[tuple[RequestState, Failure], ...] = ()
+    budget: int
+    sequences: list[Sequence] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    failures: list[tuple[RequestState, Failure]] = field(default_factory=list)
+
+    def take(self, sequence: Sequence, count: int) -> None:
+        """Adds ``count`` tokens of a sequence, none of them guessed."""
+        self.sequences.append(sequence)
+        self.counts.append(count)
+        self.drafts.append(0)
+        self.budget -= count
 
     def alone(self, index: int) -> StepPlan:
         """The part of the plan that concerns one sequence, without guesses."""
         count = self.counts[index] - self.drafts[index]
-        return StepPlan(sequences=(self.sequences[index],), counts=(count,), drafts=(0,))
+        plan = StepPlan(budget=count)
+        plan.take(self.sequences[index], count)
+        return plan
 
 
 def build_batch(
@@ -51,19 +62,19 @@ def build_batch(
         kv: Gives the block tables.
         copies: ``[n, 2]`` pending block copies.
     """
-    sequences, counts = plan.sequences, np.array(plan.counts, dtype=np.int32)
-    query_starts = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_starts[1:])
-    token_ids = np.empty(int(query_starts[-1]), dtype=np.int32)
-    computed: list[int] = []
+    # Lists, and one kind of call to make arrays of them: a step over all weights leaves the caches
+    # empty, and then the first use of every NumPy function costs 10 to 60 us.
+    token_ids: list[int] = []
+    positions: list[int] = []
+    query_starts = [0]
     logit_rows: list[int] = []
     rows: list[SamplingRow] = []
-    start = 0
-    for sequence, count, drafted in zip(sequences, plan.counts, plan.drafts, strict=True):
-        done = sequence.num_computed
+    for sequence, count, drafted in zip(plan.sequences, plan.counts, plan.drafts, strict=True):
+        start, done = query_starts[-1], sequence.num_computed
         stop = start + count
-        token_ids[start:stop] = sequence.slice(done, done + count)
-        computed.append(done)
+        token_ids += sequence.ids(done, done + count)
+        positions += range(done, done + count)
+        query_starts.append(stop)
         if sequence.scores is not None:
             for position in sequence.scores.positions(done, done + count):
                 logit_rows.append(start + position - done)
@@ -75,15 +86,14 @@ def build_batch(
                 )
         if done + count - drafted == sequence.num_tokens:
             logit_rows += range(stop - 1 - drafted, stop)
-            rows += sequence.sampling.rows(sequence.slice(0, done + count), drafted)
-        start = stop
-    offsets = np.array(computed, dtype=np.int32) - query_starts[:-1]
-    positions = np.arange(start, dtype=np.int32) + np.repeat(offsets, counts)
+            sampling = sequence.sampling
+            tokens = sequence.slice(0, done + count) if sampling.needs_tokens else None
+            rows += sampling.rows(done + count, tokens, drafted)
     batch = ForwardBatch(
-        token_ids=token_ids,
-        positions=positions,
-        query_starts=query_starts,
-        block_tables=kv.block_tables([sequence.sequence_id for sequence in sequences]),
+        token_ids=np.array(token_ids, dtype=np.int32),
+        positions=np.array(positions, dtype=np.int32),
+        query_starts=np.array(query_starts, dtype=np.int32),
+        block_tables=kv.block_tables([sequence.sequence_id for sequence in plan.sequences]),
         block_copies=copies,
         logit_rows=np.array(logit_rows, dtype=np.int32),
     )

@@ -20,7 +20,7 @@ class IncrementalDetokenizer:
         continuation: The text follows other text, so that a leading space is its own.
     """
 
-    __slots__ = ("_decoder", "_skip_special", "_strip", "_tokenizer")
+    __slots__ = ("_held", "_skip_special", "_strip", "_tokenizer")
 
     def __init__(
         self, tokenizer: Tokenizer, *, skip_special: bool = True, continuation: bool = False
@@ -28,7 +28,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._strip = tokenizer.strips_leading_space and not continuation
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = b""  # the bytes of an unfinished character
 
     def push(self, token_id: int) -> str:
         """Takes one token and returns the text that is complete now, possibly none."""
@@ -36,8 +36,13 @@ class IncrementalDetokenizer:
         if self._strip and data:
             self._strip = False
             data = data.removeprefix(b" ")
-        return self._decoder.decode(data)
+        if self._held:
+            data = self._held + data
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return text
 
     def finish(self) -> str:
         """Ends the text: an unfinished character becomes U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return codecs.utf_8_decode(held, "replace", True)[0]

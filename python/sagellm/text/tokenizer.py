@@ -137,7 +137,8 @@ class Tokenizer:
         """``token_bytes``, or nothing for a control token that is skipped."""
         if skip_special and token_id in self.special_ids:
             return b""
-        return self.token_bytes(token_id)
+        known = self._bytes.get(token_id)
+        return self.token_bytes(token_id) if known is None else known
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for; the literal text of a special one.

@@ -15,6 +15,7 @@
 #include "sagellm/checkpoint/gguf.h"
 #include "sagellm/checkpoint/safetensors.h"
 #include "sagellm/quant/codec.h"
+#include "string_array.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -99,10 +100,21 @@ py::object cached(const py::object& self, const char* name, Make make) {
 py::object gguf_metadata(const py::object& self) {
   return cached(self, "_metadata", [&] {
     py::dict out;
-    for (const auto& [key, value] : self.cast<const GgufFile&>().metadata())
-      out[py::str(key)] = to_python(value);
+    const auto file = self.cast<std::shared_ptr<GgufFile>>();
+    for (const auto& [key, value] : file->metadata()) {
+      const auto* texts = std::get_if<std::vector<std::string_view>>(&value.value);
+      out[py::str(key)] = texts == nullptr ? to_python(value) : py::cast(StringArray{file, texts});
+    }
     return out;
   });
+}
+
+py::str text_at(const StringArray& array, py::ssize_t index) {
+  const auto size = static_cast<py::ssize_t>(array.texts->size());
+  if (index < 0) index += size;
+  if (index < 0 || index >= size) throw py::index_error("the array has no such string");
+  const std::string_view text = (*array.texts)[static_cast<size_t>(index)];
+  return {text.data(), text.size()};
 }
 
 py::object tensors(const py::object& self) {
@@ -165,12 +177,18 @@ void register_checkpoint(py::module_& m) {
            "Stored bytes of a tensor: a read-only uint8 view into the mapped file.")
       .def("dequantize", &dequantize, "name"_a, "Tensor as float32, in its shape.");
 
+  py::class_<StringArray>(sub, "StringArray",
+                          "Strings in a file: a sequence that makes each str when asked for it.")
+      .def("__len__", [](const StringArray& array) { return array.texts->size(); })
+      .def("__getitem__", &text_at, "index"_a)
+      .def("tolist", [](const StringArray& array) { return ToPython{}(*array.texts); });
+
   py::class_<GgufFile, File, std::shared_ptr<GgufFile>>(sub, "GgufFile", py::dynamic_attr(),
                                                         "A GGUF file, version 2 or 3.")
       .def(py::init<const std::string&>(), "path"_a, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly(
           "metadata", &gguf_metadata,
-          "dict[str, Any]; arrays are read-only numpy arrays or list[str]; converted once.");
+          "dict[str, Any]; arrays are read-only numpy arrays or StringArray; converted once.");
 
   py::class_<SafetensorsFile, File, std::shared_ptr<SafetensorsFile>>(
       sub, "SafetensorsFile", py::dynamic_attr(), "A safetensors file.")

@@ -9,6 +9,7 @@
 
 #include "sagellm/base/error.h"
 #include "sagellm/text/byte_pair_table.h"
+#include "string_array.h"
 
 namespace py = pybind11;
 
@@ -29,16 +30,36 @@ std::vector<std::string_view> views(const py::tuple& texts) {
   return out;
 }
 
-// Tuples of our own keep the texts alive while the GIL is released, whatever becomes of the lists.
-std::unique_ptr<BytePairTable> make_table(const py::list& tokens, const py::list& merges,
+/// Texts that stay while the GIL is released, whatever becomes of the sequence they came in.
+class Texts {
+ public:
+  explicit Texts(const py::sequence& texts) {
+    if (py::isinstance<StringArray>(texts)) {
+      array_ = texts.cast<StringArray>();
+    } else {
+      kept_ = py::tuple(texts);
+      views_ = ::views(kept_);
+    }
+  }
+
+  const std::vector<std::string_view>& views() const {
+    return array_.texts == nullptr ? views_ : *array_.texts;
+  }
+
+ private:
+  StringArray array_{};
+  py::tuple kept_;
+  std::vector<std::string_view> views_;
+};
+
+std::unique_ptr<BytePairTable> make_table(const py::sequence& tokens, const py::sequence& merges,
                                           bool whole_words) {
-  const py::tuple kept_tokens(tokens);
-  const py::tuple kept_merges(merges);
-  const std::vector<std::string_view> token_views = views(kept_tokens);
-  const std::vector<std::string_view> merge_views = views(kept_merges);
+  const Texts kept_tokens(tokens);
+  const Texts kept_merges(merges);
   const py::gil_scoped_release release;
-  return std::make_unique<BytePairTable>(
-      std::vector<std::string>(token_views.begin(), token_views.end()), merge_views, whole_words);
+  const std::vector<std::string_view>& texts = kept_tokens.views();
+  return std::make_unique<BytePairTable>(std::vector<std::string>(texts.begin(), texts.end()),
+                                         kept_merges.views(), whole_words);
 }
 
 std::vector<int32_t> encode(const BytePairTable& table, const py::list& words) {
@@ -73,7 +94,8 @@ void register_text(py::module_& m) {
       .def(py::init(&make_table), "tokens"_a, "merges"_a, "whole_words"_a = false,
            "`tokens`: texts by id in the alphabet of byte-level vocabularies. `merges`: \"left "
            "right\",\n"
-           "best first. Raises CorruptFileError when they contradict each other.")
+           "best first. Sequences of str; a StringArray is read where it lies. Raises\n"
+           "CorruptFileError when they contradict each other.")
       .def_property_readonly("size", &BytePairTable::size)
       .def("token", &token, "token_id"_a, "The stored text of a token.")
       .def(

@@ -40,6 +40,8 @@ def run_app(module: str, *, prog_name: str, args: list[str] | None = None) -> in
     gc.set_threshold(_YOUNG_OBJECTS, 50, 100)
     # Looking for plugins of pydantic reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # Threads of NumPy's BLAS spin for 2**26 cycles before they sleep, from the moment it is loaded.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     try:
         app = importlib.import_module(module).app
         command = typer.main.get_command(app)

@@ -122,7 +122,7 @@ def test_reads_what_gguf_writes(tmp_path: Path):
     }
     assert metadata["n.bool"] is True
     assert metadata["text"] == "grüße 你好 🙂"
-    assert metadata["tokens"] == ["a", "ü", "", "▁b"]
+    assert metadata["tokens"].tolist() == ["a", "ü", "", "▁b"]
     np.testing.assert_array_equal(metadata["scores"], np.array([0.5, -1.0], np.float32))
     assert metadata["types"].tolist() == [1, 2, 3]
     assert metadata["types"].dtype == np.int32
@@ -155,6 +155,18 @@ def test_reads_versions_2_and_3_and_nested_arrays(tmp_path: Path, version: int):
     assert file.metadata["nested"][1] == ["x"]
     assert file.dequantize("w").tolist() == [1, 2]
     assert file.dequantize("v").tolist() == [3]
+
+
+def test_strings_are_a_sequence_that_keeps_the_file(tmp_path: Path):
+    words = ["a", "ü", ""]
+    array = struct.pack("<IQ", 8, len(words)) + b"".join(map(text, words))
+    strings = open_gguf(tmp_path, gguf_bytes([entry("words", 9, array)])).metadata["words"]
+    gc.collect()  # the file itself is gone
+    assert len(strings) == 3 and list(strings) == words
+    assert (strings[1], strings[-3]) == ("ü", "a")
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            strings[index]
 
 
 def test_raw_is_a_read_only_view_that_keeps_the_file(tmp_path: Path):

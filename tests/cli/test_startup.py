@@ -38,6 +38,14 @@ def test_run_loads_no_server() -> None:
     assert loaded & (SERVER | SELDOM) == set()
 
 
+def test_template_and_tokenizer_libraries_load_beside_the_weights() -> None:
+    code = "import sys, sagellm.cli.run; print(*{'jinja2', 'tokenizers'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.split() == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
     command = LazyCommands(COMMANDS)[name]

@@ -7,12 +7,14 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
+from sagellm.checkpoint import open_file
 from sagellm.checkpoint.tokenizer_source import TokenizerSource
 from sagellm.errors import CorruptFileError, InvalidArgumentError, UnsupportedError
 from sagellm.text import Tokenizer, load_tokenizer
@@ -27,6 +29,7 @@ from text.vocabularies import (
     write_folder,
 )
 
+KINDS = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32}
 TEXTS = [*CORPUS[:6], "", " ", "a  b\n\n\tc", "<|im_end|><tool>", "🙂 \u0301", "it'S 12345"]
 
 
@@ -169,6 +172,27 @@ def test_source_reads_gguf_metadata() -> None:
     source = TokenizerSource.from_gguf(metadata())
     assert load_tokenizer(source).encode("again") == load_tokenizer(bpe_source()).encode("again")
     assert load_tokenizer(source).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
+def test_a_vocabulary_in_a_file_encodes_as_the_same_in_lists(pre: str, tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for key, value in metadata(pre=pre).items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, KINDS[type(value)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = load_tokenizer(TokenizerSource.from_gguf(open_file(path).metadata))
+    listed = load_tokenizer(bpe_source(pre=pre))
+    for text in TEXTS:
+        ids = listed.encode(text, parse_special=True)
+        assert read.encode(text, parse_special=True) == ids
+        assert read.decode(ids, skip_special=False) == listed.decode(ids, skip_special=False)
 
 
 @pytest.mark.parametrize(

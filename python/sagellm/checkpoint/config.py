@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+ENCODER_TYPES = ("bert", "roberta", "xlm-roberta")
+"""``model_type`` of ``config.json`` of encoders; see ``sagellm.checkpoint.encoder``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:

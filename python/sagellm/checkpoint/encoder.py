@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sagellm.checkpoint.config import ENCODER_TYPES
 from sagellm.checkpoint.fields import Fields
 from sagellm.checkpoint.files import open_weights, read_json
 from sagellm.checkpoint.gguf_config import MAX_LAYERS, main_format
@@ -24,9 +25,6 @@ from sagellm.checkpoint.tensor_file import TensorFile
 from sagellm.errors import CorruptFileError, ModelNotFoundError, UnsupportedError
 
 Pooling = Literal["mean", "cls"]
-
-ENCODER_TYPES = ("bert", "roberta", "xlm-roberta")
-"""``model_type`` of ``config.json``."""
 
 _MAX_SETTINGS = 1 << 20
 _IGNORED = re.compile(r"(\w+\.)?(embeddings\.position_ids|pooler\.)|cls\.|lm_head\.")

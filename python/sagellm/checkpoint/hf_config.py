@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sagellm.checkpoint.config import ModelConfig, RopeConfig
-from sagellm.checkpoint.encoder import ENCODER_TYPES
+from sagellm.checkpoint.config import ENCODER_TYPES, ModelConfig, RopeConfig
 from sagellm.checkpoint.fields import Fields
 from sagellm.checkpoint.gguf_config import MAX_LAYERS, pattern_windows
 from sagellm.checkpoint.rope import yarn_attention_factor

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import numpy as np
 
 from sagellm.errors import CorruptFileError, UnsupportedError
 
@@ -71,7 +73,7 @@ class TokenizerSource:
         """The tokenizer in the metadata of a GGUF file.
 
         Args:
-            metadata: Key to value; arrays may be lists or numpy arrays.
+            metadata: Key to value; arrays may be lists, numpy arrays or the native ``StringArray``.
 
         Raises:
             CorruptFileError: Keys are missing or contradict each other.
@@ -110,7 +112,7 @@ class TokenizerSource:
         count = len(self.tokens)
         if count == 0:
             raise CorruptFileError("tokenizer.ggml.tokens is missing or empty")
-        if self.model == "gpt2" and not self.merges:
+        if self.model == "gpt2" and not len(self.merges):
             raise CorruptFileError("tokenizer.ggml.merges is missing or empty for a BPE vocabulary")
         if self.model == "llama" and not len(self.scores):
             raise CorruptFileError("tokenizer.ggml.scores is missing: SentencePiece needs it")
@@ -125,12 +127,14 @@ class TokenizerSource:
                 raise CorruptFileError(f"tokenizer {name} {value} is outside the {count} tokens")
 
 
-def _listed(metadata: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+def _listed(metadata: Mapping[str, Any], name: str, kind: type) -> Sequence[Any]:
     value = metadata.get(f"tokenizer.ggml.{name}")
     if value is None:
         return []
-    if hasattr(value, "tolist"):
+    if isinstance(value, np.ndarray):
         value = value.tolist()
+    elif kind is str and hasattr(value, "tolist"):  # the native reader's: str objects on demand
+        return cast("Sequence[str]", value)
     if not isinstance(value, (list, tuple)):
         raise CorruptFileError(f"tokenizer.ggml.{name} is not an array")
     if not set(map(type, value)) <= {kind}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +14,11 @@ from sagellm.checkpoint.store import resolve_model
 from sagellm.engine.config import EngineConfig
 from sagellm.engine.engine import Engine
 from sagellm.errors import InvalidArgumentError
-from sagellm.text import ChatTemplate, Tokenizer, load_tokenizer
+from sagellm.text import Tokenizer
 
 if TYPE_CHECKING:
     from sagellm.checkpoint import TokenizerSource
+    from sagellm.text import ChatTemplate
 
 
 def mock_tokenizer() -> Tokenizer:
@@ -58,7 +60,7 @@ def load_engine(
             raise InvalidArgumentError("device 'mock' has no option kv_dtype; leave it out")
         return Engine(MockRunner(), mock_tokenizer(), config)
     checkpoint = open_checkpoint(resolve_model(model))
-    # The native reader of weights leaves the GIL to the tokenizer's tables.
+    # The native reader of weights leaves the GIL to the libraries and tables of the text side.
     with ThreadPoolExecutor(1, thread_name_prefix="sagellm-tokenizer") as worker:
         text = worker.submit(_load_text, checkpoint.tokenizer)
         runner = create_runner(
@@ -81,9 +83,6 @@ def load_engine(
 
 def _load_text(source: TokenizerSource) -> tuple[Tokenizer, ChatTemplate | None]:
     """The tokenizer of a checkpoint, and the chat template where it has one."""
-    tokenizer = load_tokenizer(source)
-    if not tokenizer.chat_template:
-        return tokenizer, None
-    return tokenizer, ChatTemplate(
-        tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token
-    )
+    module = importlib.import_module("sagellm.engine.text_loading")
+    text: tuple[Tokenizer, ChatTemplate | None] = module.load_text(source)
+    return text

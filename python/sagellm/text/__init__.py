@@ -1,10 +1,28 @@
-"""Tokenizers, chat templates, incremental detokenization and stop strings."""
+"""Tokenizers, chat templates, incremental detokenization and stop strings.
 
-from sagellm.text.chat_template import ChatTemplate
-from sagellm.text.detokenizer import IncrementalDetokenizer
-from sagellm.text.loading import load_tokenizer
-from sagellm.text.stop import StopStrings
-from sagellm.text.tokenizer import Tokenizer, TokenModel
+Names load on first use: a process that only detokenizes needs no template engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sagellm.text.chat_template import ChatTemplate
+    from sagellm.text.detokenizer import IncrementalDetokenizer
+    from sagellm.text.loading import load_tokenizer
+    from sagellm.text.stop import StopStrings
+    from sagellm.text.tokenizer import Tokenizer, TokenModel
+
+_HOMES = {
+    "ChatTemplate": "sagellm.text.chat_template",
+    "IncrementalDetokenizer": "sagellm.text.detokenizer",
+    "StopStrings": "sagellm.text.stop",
+    "TokenModel": "sagellm.text.tokenizer",
+    "Tokenizer": "sagellm.text.tokenizer",
+    "load_tokenizer": "sagellm.text.loading",
+}
 
 __all__ = [
     "ChatTemplate",
@@ -14,3 +32,16 @@ __all__ = [
     "Tokenizer",
     "load_tokenizer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'sagellm.text' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

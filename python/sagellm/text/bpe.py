@@ -253,7 +253,7 @@ def build_bpe(source: TokenizerSource) -> TokenModel:
     core = None if rule.nfc else _native_tables()  # its words are cut from the text as it stands
     if core is None:
         return library_model(source, rule)
-    table = core.BytePairTable(list(source.tokens), list(source.merges), rule.whole_words)
+    table = core.BytePairTable(source.tokens, source.merges, rule.whole_words)
     return NativeModel(table, _cutter(rule), *_added_tokens(source))
 
 

@@ -45,7 +45,7 @@ def _load_gguf(source: TokenizerSource) -> Tokenizer:
     elif source.model == "llama":
         strips = source.add_space_prefix is not False
         model = SentencePieceModel(
-            source.tokens,
+            list(source.tokens),
             source.scores,
             types,
             unk_id=source.unk_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['File', 'GgufFile', 'SafetensorsFile', 'TensorInfo']
+__all__: list[str] = ['File', 'GgufFile', 'SafetensorsFile', 'StringArray', 'TensorInfo']
 class TensorInfo:
     """
     A tensor inside a checkpoint file.
@@ -50,6 +50,16 @@ class File:
         """
         dict[str, TensorInfo]; converted once.
         """
+class StringArray:
+    """
+    Strings in a file: a sequence that makes each str when asked for it.
+    """
+    def __getitem__(self, index: typing.SupportsInt | typing.SupportsIndex) -> str:
+        ...
+    def __len__(self) -> int:
+        ...
+    def tolist(self) -> typing.Any:
+        ...
 class GgufFile(File):
     """
     A GGUF file, version 2 or 3.
@@ -59,7 +69,7 @@ class GgufFile(File):
     @property
     def metadata(self) -> typing.Any:
         """
-        dict[str, Any]; arrays are read-only numpy arrays or list[str]; converted once.
+        dict[str, Any]; arrays are read-only numpy arrays or StringArray; converted once.
         """
 class SafetensorsFile(File):
     """

@@ -2,16 +2,18 @@
 Vocabularies.
 """
 from __future__ import annotations
+import collections.abc
 import typing
 __all__: list[str] = ['BytePairTable']
 class BytePairTable:
     """
     A byte-level vocabulary and its merges. Safe to share.
     """
-    def __init__(self, tokens: list, merges: list, whole_words: bool = False) -> None:
+    def __init__(self, tokens: collections.abc.Sequence, merges: collections.abc.Sequence, whole_words: bool = False) -> None:
         """
         `tokens`: texts by id in the alphabet of byte-level vocabularies. `merges`: "left right",
-        best first. Raises CorruptFileError when they contradict each other.
+        best first. Sequences of str; a StringArray is read where it lies. Raises
+        CorruptFileError when they contradict each other.
         """
     def encode(self, words: list) -> list:
         """

@@ -48,15 +48,35 @@ struct StateView {
   float* acc;  // [rows][head_dim]
 };
 
-/// The sub-pages of one tile; entries outside [first, last) are not set. While a policy reads a
-/// line of a page it requests the same line of the page ahead, so that memory is busy all the time.
+/// The sub-pages of one tile; entries of `page` outside [first, last) are not set. While a tile is
+/// computed the one ahead is requested, line by line in the order of addresses and evenly over the
+/// time, so that memory is busy throughout: the first half during the scores, the second during the
+/// values.
 struct TilePages {
   const uint8_t* page[kTileSubPages];
   const uint8_t* ahead[kTileSubPages];
+  int page_bytes;
   int first;
   int last;
   bool prefetch;
+
+  /// What to request during the scores of a sub-page: half as many bytes as that has.
+  const uint8_t* ahead_of_scores(int sub_page) const {
+    return ahead[sub_page / 2] + sub_page % 2 * (page_bytes / 2);
+  }
+  /// Where the bytes from `offset` of the second half are.
+  const uint8_t* ahead_of_values(int offset) const {
+    return offset < page_bytes ? ahead[kTileSubPages / 2] + offset
+                               : ahead[kTileSubPages / 2 + 1] + (offset - page_bytes);
+  }
 };
+
+/// Requests the lines of the next kBytes bytes: the middles of equal parts, of a line at most.
+template <int kBytes>
+inline void prefetch_run(const uint8_t* p) {
+  constexpr int kParts = (kBytes + 63) / 64;
+  for (int part = 0; part < kParts; ++part) prefetch_l2(p + kBytes * (2 * part + 1) / (2 * kParts));
+}
 
 /// Token range [begin, end) that a row sees.
 struct Range {
@@ -121,6 +141,8 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) a.acc[r][c] = load(acc + r * head_dim + d + c * kLanes);
   }
+  constexpr int kBytes = 4 * kColumns * kLanes;  // of a token pair
+  const int first_byte = 4 * d * (kAttentionTile / 2);
   const auto value = [&](int pair) {
     return bf16_values(tile.page[pair / 8], head_dim) + (pair % 8) * 2 * head_dim + 2 * d;
   };
@@ -128,13 +150,10 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
   int pair = (seen.begin + 1) / 2;
   while (pair < seen.end / 2) {
     const uint16_t* v = value(pair);
-    const auto distance = tile.ahead[pair / 8] - tile.page[pair / 8];
     const int stop = min_int(seen.end / 2, (pair / 8 + 1) * 8);
-    for (; pair < stop; ++pair, v += 2 * head_dim) {
-      if (tile.prefetch) {
-        for (int c = 0; c < kColumns * kLanes; c += 16)
-          prefetch_l2(reinterpret_cast<const uint8_t*>(v + 2 * c) + distance);
-      }
+    const uint8_t* ahead = tile.ahead_of_values(first_byte + pair * kBytes);
+    for (; pair < stop; ++pair, v += 2 * head_dim, ahead += kBytes) {
+      if (tile.prefetch) prefetch_run<kBytes>(ahead);
       a.step(w + 2 * pair, v, 0xffffffffu);
     }
   }
@@ -276,7 +295,8 @@ inline void score_rows(int rows, const TilePages& tile, typename Policy::Query q
     for (int s = tile.first; s < tile.last; ++s) {
       float* out = scores + s * kSubPage;
       if (tile.prefetch) {
-        Policy::template score<kRows, true>(q, tile.page[s], tile.ahead[s], head_dim, out);
+        Policy::template score<kRows, true>(q, tile.page[s], tile.ahead_of_scores(s), head_dim,
+                                            out);
       } else {
         Policy::template score<kRows, false>(q, tile.page[s], nullptr, head_dim, out);
       }
@@ -383,13 +403,15 @@ inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0
   for (int start = span.begin - span.begin % kAttentionTile; start < span.end;
        start += kAttentionTile) {
     TilePages pages;
+    pages.page_bytes = p.kv.sub_page_bytes;
     pages.first = max_int(0, span.begin - start) / kSubPage;
     pages.last = (min_int(kAttentionTile, span.end - start) + kSubPage - 1) / kSubPage;
     for (int i = pages.first; i < pages.last; ++i) {
-      const int position = start + i * kSubPage;
-      const uint8_t* ahead = page_ahead(p, position, end);
-      pages.page[i] = sub_page(p.kv, p.block_table, p.kv_head, position);
-      pages.ahead[i] = ahead != nullptr ? ahead : pages.page[i];
+      pages.page[i] = sub_page(p.kv, p.block_table, p.kv_head, start + i * kSubPage);
+    }
+    for (int i = 0; i < kTileSubPages; ++i) {
+      const uint8_t* ahead = page_ahead(p, start + i * kSubPage, end);
+      pages.ahead[i] = ahead != nullptr ? ahead : pages.page[pages.first];
     }
     for (int row = 0; row < rows; row += group_rows) {
       const int count = min_int(group_rows, rows - row);

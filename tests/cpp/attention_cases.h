@@ -99,6 +99,8 @@ inline void attend(const KernelTable& kernels, Sequence& sequence, const Shape& 
   p.window = shape.window;
   p.scale = 1.f / std::sqrt(static_cast<float>(shape.head_dim));
   p.softcap = shape.softcap;
+  // A hint that starts and ends inside a tile; the block table ends where the sequence does.
+  p.next = {p.block_table, 0, (shape.first + shape.tokens) / 2, shape.first + shape.tokens};
   p.m = out.m.data() + at;
   p.l = out.l.data() + at;
   p.acc = out.acc.data() + at * static_cast<size_t>(shape.head_dim);

@@ -175,6 +175,15 @@ struct KvWriteParams {
   int64_t stride = 0;
 };
 
+/// K and V that the calling thread expects to read after a call. A hint for prefetching: it changes
+/// no result.
+struct KvAhead {
+  const int32_t* block_table = nullptr;  // of the same KvView
+  int32_t kv_head = 0;
+  int32_t begin = 0;  // positions [begin, end); none when empty
+  int32_t end = 0;
+};
+
 /// One work item of attention: the G query heads of one kv head, for a tile of consecutive query
 /// tokens of one sequence, over the splits [split_begin, split_end). Row r = t*group + g. Token t
 /// sits at position first_position + t and sees positions (window > 0 ? max(0, p-window+1) : 0) ..
@@ -199,6 +208,7 @@ struct AttentionParams {
   int32_t window = 0;
   float scale = 1.f;    // multiplies q.k
   float softcap = 0.f;  // > 0: softcap * tanh(score / softcap)
+  KvAhead next;
   float* m = nullptr;
   float* l = nullptr;
   float* acc = nullptr;

@@ -7,6 +7,14 @@
 
 namespace sagellm::model {
 
+AttentionPlan::Range AttentionPlan::positions(const AttentionItem& item) const {
+  const AttentionTile& tile = tiles[static_cast<size_t>(item.tile)];
+  const int32_t oldest = window > 0 ? std::max(0, tile.first_position - window + 1) : 0;
+  return {
+      std::max(oldest, item.split_begin * kernels::kAttentionSplit),
+      std::min(tile.first_position + tile.num_tokens, item.split_end * kernels::kAttentionSplit)};
+}
+
 void AttentionPlan::build(const ForwardBatch& batch, int32_t layer_window, int32_t group,
                           int32_t num_kv_heads, int num_threads) {
   window = layer_window;

@@ -39,6 +39,13 @@ struct AttentionPlan {
   std::vector<int32_t> tile_of_token;  // [T]
   int64_t num_states = 0;              // state rows per kv head
 
+  /// Positions [begin, end) that any row of an item sees.
+  struct Range {
+    int32_t begin;
+    int32_t end;
+  };
+  Range positions(const AttentionItem& item) const;
+
   void build(const ForwardBatch& batch, int32_t layer_window, int32_t group, int32_t num_kv_heads,
              int num_threads);
 };

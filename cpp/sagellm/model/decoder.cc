@@ -349,6 +349,46 @@ void Decoder::qkv_unit(StepState& step, int layer, int64_t unit, const kernels::
   }
 }
 
+void Decoder::attention_unit(StepState& step, const LayerConfig& place, const AttentionPlan& plan,
+                             int64_t unit, int64_t next, int thread) {
+  const int32_t group = config_.group_size();
+  const auto item_of = [&](int64_t n) -> const AttentionItem& {
+    return plan.items[static_cast<size_t>(n / config_.num_kv_heads)];
+  };
+  const AttentionItem& item = item_of(unit);
+  const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
+  const int64_t head = unit % config_.num_kv_heads;
+  const int64_t state =
+      head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
+  kernels::AttentionParams params;
+  params.kv = kv_->view(place.slot);
+  params.kv_head = static_cast<int32_t>(head);
+  params.block_table = step.batch.block_table(place.group, tile.sequence);
+  params.q = floats(qkv_) + tile.first_token * qkv_stride_ + head * group * config_.head_dim;
+  params.q_stride = qkv_stride_;
+  params.group = group;
+  params.num_tokens = tile.num_tokens;
+  params.first_position = tile.first_position;
+  params.split_begin = item.split_begin;
+  params.split_end = item.split_end;
+  params.window = place.window;
+  params.scale = config_.attention_scale;
+  params.softcap = config_.attention_softcap;
+  if (next >= 0) {
+    const AttentionTile& next_tile = plan.tiles[static_cast<size_t>(item_of(next).tile)];
+    const AttentionPlan::Range range = plan.positions(item_of(next));
+    params.next = {step.batch.block_table(place.group, next_tile.sequence),
+                   static_cast<int32_t>(next % config_.num_kv_heads), range.begin, range.end};
+  }
+  params.m = state_m_.data() + state;
+  params.l = state_l_.data() + state;
+  params.acc = state_acc_.data() + state * config_.head_dim;
+  params.scratch =
+      attention_scratch_.data() +
+      static_cast<size_t>(thread) * (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
+  table_.attention(params);
+}
+
 void Decoder::attention_block(StepState& step, int layer, int thread, int& phase) {
   const LayerWeights& w = weights_.layers()[static_cast<size_t>(layer)];
   const LayerConfig& place = config_.layers[static_cast<size_t>(layer)];
@@ -378,33 +418,11 @@ void Decoder::attention_block(StepState& step, int layer, int thread, int& phase
       plans_[static_cast<size_t>(plan_of_layer_[static_cast<size_t>(layer)])];
   const int64_t num_units = static_cast<int64_t>(plan.items.size()) * config_.num_kv_heads;
   for_units({num_units, 4}, Phase::kAttention, thread, phase, [&](int64_t begin, int64_t end) {
+    // Behind its chunk a thread expects the one after those that the other threads now work on.
+    const int64_t next_chunk = end + (pool_.size() - 1) * (end - begin);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const AttentionItem& item = plan.items[static_cast<size_t>(unit / config_.num_kv_heads)];
-      const AttentionTile& tile = plan.tiles[static_cast<size_t>(item.tile)];
-      const int64_t head = unit % config_.num_kv_heads;
-      const int64_t state =
-          head * plan.num_states + tile.state + int64_t{item.state} * tile.num_tokens * group;
-      kernels::AttentionParams params;
-      params.kv = kv_->view(place.slot);
-      params.kv_head = static_cast<int32_t>(head);
-      params.block_table = step.batch.block_table(place.group, tile.sequence);
-      params.q = floats(qkv_) + tile.first_token * qkv_stride_ + head * group * dim;
-      params.q_stride = qkv_stride_;
-      params.group = group;
-      params.num_tokens = tile.num_tokens;
-      params.first_position = tile.first_position;
-      params.split_begin = item.split_begin;
-      params.split_end = item.split_end;
-      params.window = place.window;
-      params.scale = config_.attention_scale;
-      params.softcap = config_.attention_softcap;
-      params.m = state_m_.data() + state;
-      params.l = state_l_.data() + state;
-      params.acc = state_acc_.data() + state * dim;
-      params.scratch = attention_scratch_.data() +
-                       static_cast<size_t>(thread) *
-                           (attention_scratch_.size() / static_cast<size_t>(pool_.size()));
-      table_.attention(params);
+      const int64_t next = unit + 1 < end ? unit + 1 : next_chunk;
+      attention_unit(step, place, plan, unit, next < num_units ? next : -1, thread);
     }
   });
 

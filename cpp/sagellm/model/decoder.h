@@ -101,6 +101,10 @@ class Decoder {
   void for_units(const Units& units, Phase kind, int thread, int& phase, const Body& body);
   static Units units(const quant::PackedMatrix& matrix);
 
+  /// One unit of a step's attention: an item of the plan for one kv head. `next` is the unit that
+  /// this thread probably computes then, -1 if none.
+  void attention_unit(StepState& step, const LayerConfig& place, const AttentionPlan& plan,
+                      int64_t unit, int64_t next, int thread);
   void qkv_unit(StepState& step, int layer, int64_t unit, const kernels::Activations& x);
   void finish_projection(const quant::PackedMatrix& matrix, const float* bias, const float* norm,
                          bool rotate, int layer, int64_t first_row, const kernels::Activations& x,

@@ -48,15 +48,35 @@ struct StateView {
   float* acc;  // [rows][head_dim]
 };
 
-/// The sub-pages of one tile; entries outside [first, last) are not set. While a policy reads a
-/// line of a page it requests the same line of the page ahead, so that memory is busy all the time.
+/// The sub-pages of one tile; entries of `page` outside [first, last) are not set. While a tile is
+/// computed the one ahead is requested, line by line in the order of addresses and evenly over the
+/// time, so that memory is busy throughout: the first half during the scores, the second during the
+/// values.
 struct TilePages {
   const uint8_t* page[kTileSubPages];
   const uint8_t* ahead[kTileSubPages];
+  int page_bytes;
   int first;
   int last;
   bool prefetch;
+
+  /// What to request during the scores of a sub-page: half as many bytes as that has.
+  const uint8_t* ahead_of_scores(int sub_page) const {
+    return ahead[sub_page / 2] + sub_page % 2 * (page_bytes / 2);
+  }
+  /// Where the bytes from `offset` of the second half are.
+  const uint8_t* ahead_of_values(int offset) const {
+    return offset < page_bytes ? ahead[kTileSubPages / 2] + offset
+                               : ahead[kTileSubPages / 2 + 1] + (offset - page_bytes);
+  }
 };
+
+/// Requests the lines of the next kBytes bytes: the middles of equal parts, of a line at most.
+template <int kBytes>
+inline void prefetch_run(const uint8_t* p) {
+  constexpr int kParts = (kBytes + 63) / 64;
+  for (int part = 0; part < kParts; ++part) prefetch_l2(p + kBytes * (2 * part + 1) / (2 * kParts));
+}
 
 /// Token range [begin, end) that a row sees.
 struct Range {
@@ -121,6 +141,8 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) a.acc[r][c] = load(acc + r * head_dim + d + c * kLanes);
   }
+  constexpr int kBytes = 4 * kColumns * kLanes;  // of a token pair
+  const int first_byte = 4 * d * (kAttentionTile / 2);
   const auto value = [&](int pair) {
     return bf16_values(tile.page[pair / 8], head_dim) + (pair % 8) * 2 * head_dim + 2 * d;
   };
@@ -128,13 +150,10 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
   int pair = (seen.begin + 1) / 2;
   while (pair < seen.end / 2) {
     const uint16_t* v = value(pair);
-    const auto distance = tile.ahead[pair / 8] - tile.page[pair / 8];
     const int stop = min_int(seen.end / 2, (pair / 8 + 1) * 8);
-    for (; pair < stop; ++pair, v += 2 * head_dim) {
-      if (tile.prefetch) {
-        for (int c = 0; c < kColumns * kLanes; c += 16)
-          prefetch_l2(reinterpret_cast<const uint8_t*>(v + 2 * c) + distance);
-      }
+    const uint8_t* ahead = tile.ahead_of_values(first_byte + pair * kBytes);
+    for (; pair < stop; ++pair, v += 2 * head_dim, ahead += kBytes) {
+      if (tile.prefetch) prefetch_run<kBytes>(ahead);
       a.step(w + 2 * pair, v, 0xffffffffu);
     }
   }
@@ -147,11 +166,15 @@ inline void weigh_columns(const TilePages& tile, Range seen, const typename Poli
 template <class Policy, int kRows, int kColumns = Policy::columns(kRows)>
 inline void weigh_pairs(const TilePages& tile, Range seen, const typename Policy::Weight* w,
                         int head_dim, int d, float* acc) {
-  for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) {
+  constexpr int kWidth = kColumns * kLanes;
+  const auto fits = [](int left) {  // three vectors must not leave a single one
+    return left >= kWidth && (kColumns != 3 || left != kWidth + kLanes);
+  };
+  for (; fits(head_dim - d); d += kWidth) {
     weigh_columns<Policy, kRows, kColumns>(tile, seen, w, head_dim, d, acc);
   }
-  if constexpr (kColumns * kLanes > 16)
-    weigh_pairs<Policy, kRows, kColumns / 2>(tile, seen, w, head_dim, d, acc);
+  if constexpr (kWidth > 16)
+    weigh_pairs<Policy, kRows, kColumns == 3 ? 2 : kColumns / 2>(tile, seen, w, head_dim, d, acc);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -161,8 +184,15 @@ struct WidenPolicy {
   using Query = const float*;
   using Weight = float;
 
-  static constexpr int columns(int rows) {  // accumulator registers per row in weigh()
-    return kLanes == 8 ? (rows == 1 ? 8 : rows == 2 ? 4 : 2) : (rows <= 3 ? 8 : rows <= 6 ? 4 : 2);
+  /// Accumulator registers per row in weigh(): enough chains to hide the latency of an addition.
+  static constexpr int columns(int rows) {
+    return kLanes == 8 ? (rows == 1   ? 8
+                          : rows == 2 ? 4
+                          : rows == 3 ? 3
+                                      : 2)
+                       : (rows <= 3   ? 8
+                          : rows <= 6 ? 4
+                                      : 2);
   }
   static constexpr int kRowGroup = kLanes == 8 ? 4 : 8;
   static constexpr int kFullRows = 3;  // rows whose scores of a whole sub-page fit the registers
@@ -265,7 +295,8 @@ inline void score_rows(int rows, const TilePages& tile, typename Policy::Query q
     for (int s = tile.first; s < tile.last; ++s) {
       float* out = scores + s * kSubPage;
       if (tile.prefetch) {
-        Policy::template score<kRows, true>(q, tile.page[s], tile.ahead[s], head_dim, out);
+        Policy::template score<kRows, true>(q, tile.page[s], tile.ahead_of_scores(s), head_dim,
+                                            out);
       } else {
         Policy::template score<kRows, false>(q, tile.page[s], nullptr, head_dim, out);
       }
@@ -351,23 +382,36 @@ inline void attend_group(const AttentionParams& p, AttentionScratch& s, const Ti
   }
 }
 
+/// The sub-page that is read kPrefetchTiles tiles after `position` of a call that reads to `end`:
+/// its own or, behind its last tile, one of p.next. Null when nothing is known to follow.
+inline const uint8_t* page_ahead(const AttentionParams& p, int position, int end) {
+  const int ahead = position + kPrefetchTiles * kAttentionTile;
+  if (ahead < end) return sub_page(p.kv, p.block_table, p.kv_head, ahead);
+  const int past_end = ahead - (end + kAttentionTile - 1) / kAttentionTile * kAttentionTile;
+  const int there = p.next.begin - p.next.begin % kAttentionTile + past_end;
+  if (there < p.next.begin - p.next.begin % kSubPage || there >= p.next.end) return nullptr;
+  return sub_page(p.kv, p.next.block_table, p.next.kv_head, there);
+}
+
 /// Adds the tokens [span.begin, span.end) of one split to a fresh state of rows [row0, row0 + rows)
 /// of the call.
 template <class Policy>
 inline void attend_split(const AttentionParams& p, AttentionScratch& s, int row0, int rows,
-                         Range span, int prefetch_end, StateView state) {
+                         Range span, int end, StateView state) {
   const int groups = (rows + Policy::kRowGroup - 1) / Policy::kRowGroup;
   const int group_rows = (rows + groups - 1) / groups;
   for (int start = span.begin - span.begin % kAttentionTile; start < span.end;
        start += kAttentionTile) {
     TilePages pages;
+    pages.page_bytes = p.kv.sub_page_bytes;
     pages.first = max_int(0, span.begin - start) / kSubPage;
     pages.last = (min_int(kAttentionTile, span.end - start) + kSubPage - 1) / kSubPage;
     for (int i = pages.first; i < pages.last; ++i) {
-      const int position = start + i * kSubPage, ahead = position + kPrefetchTiles * kAttentionTile;
-      pages.page[i] = sub_page(p.kv, p.block_table, p.kv_head, position);
-      pages.ahead[i] =
-          ahead < prefetch_end ? sub_page(p.kv, p.block_table, p.kv_head, ahead) : pages.page[i];
+      pages.page[i] = sub_page(p.kv, p.block_table, p.kv_head, start + i * kSubPage);
+    }
+    for (int i = 0; i < kTileSubPages; ++i) {
+      const uint8_t* ahead = page_ahead(p, start + i * kSubPage, end);
+      pages.ahead[i] = ahead != nullptr ? ahead : pages.page[pages.first];
     }
     for (int row = 0; row < rows; row += group_rows) {
       const int count = min_int(group_rows, rows - row);
@@ -400,19 +444,19 @@ inline void attend(const AttentionParams& p) {
     const StateView fresh{s.m, s.l, s.acc};
     clear_state(out, rows, head_dim);
     const Range all{visible(p, row0).begin, visible(p, row0 + rows - 1).end};
-    const int prefetch_end = min_int(all.end, p.split_end * kAttentionSplit);
+    const int end = min_int(all.end, p.split_end * kAttentionSplit);
     bool empty = true;
     for (int split = p.split_begin; split < p.split_end; ++split) {
       const Range span{max_int(all.begin, split * kAttentionSplit),
                        min_int(all.end, (split + 1) * kAttentionSplit)};
       if (span.begin >= span.end) continue;
       if (empty) {  // merge(nothing, state) is the state
-        attend_split<Policy>(p, s, row0, rows, span, prefetch_end, out);
+        attend_split<Policy>(p, s, row0, rows, span, end, out);
         empty = false;
         continue;
       }
       clear_state(fresh, rows, head_dim);
-      attend_split<Policy>(p, s, row0, rows, span, prefetch_end, fresh);
+      attend_split<Policy>(p, s, row0, rows, span, end, fresh);
       for (int r = 0; r < rows; ++r) {
         merge_state(&out.m[r], &out.l[r], out.acc + r * head_dim, fresh.m[r], fresh.l[r],
                     fresh.acc + r * head_dim, head_dim);

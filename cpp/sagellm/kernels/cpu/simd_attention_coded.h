@@ -69,8 +69,7 @@ struct CodedPolicy {
       }
     }
     if constexpr (kPrefetch) {
-      prefetch_l2(ahead + 2 * kSubPage * head_dim);
-      prefetch_l2(ahead + 2 * kSubPage * head_dim + 64);
+      prefetch_l2(ahead + kSubPage * head_dim);  // as many as the scales have
     }
     for (int part = 0; part < kParts; ++part) {
       const Vec scale = load(coded.key_scales + part * kLanes);
@@ -97,15 +96,15 @@ struct CodedPolicy {
     for (int r = 0; r < kRows; ++r) {
       for (int c = 0; c < kColumns; ++c) sum[r][c] = zero_int();
     }
-    const bool prefetch = tile.prefetch && d % 32 == 0;  // 32 dimensions of a token pair are a line
+    constexpr int kBytes = 2 * kColumns * kLanes;  // of a token pair
+    const int first_byte = 2 * d * (kAttentionTile / 2);
     for (int s = first; s < last; ++s) {
-      const auto distance = tile.ahead[s] - tile.page[s];
       const int8_t* value = coded_page(tile.page[s], head_dim).values + 2 * d;
       const uint16_t* code = codes + s * kSubPage;
+      const uint8_t* ahead = tile.ahead_of_values(first_byte + s * (kSubPage / 2) * kBytes);
       for (int pair = 0; pair < kSubPage / 2; ++pair, value += 2 * head_dim, code += 2) {
-        if (prefetch) {
-          for (int c = 0; c < kColumns * kLanes; c += 32)
-            prefetch_l2(reinterpret_cast<const uint8_t*>(value + 2 * c) + distance);
+        if (tile.prefetch && pair * kBytes % 64 == 0) {
+          prefetch_run<(kBytes < 64 ? 64 : kBytes)>(ahead + pair * kBytes);
         }
         IntVec weight[kRows];
         for (int r = 0; r < kRows; ++r) weight[r] = broadcast_pair(code + r * kAttentionTile);
@@ -145,6 +144,9 @@ struct CodedPolicy {
       const CodeScale code = code_scale(w + at, count, kLargestCode);
       encode(w + at, count, code.inverse, codes + at);
       scale[r] = code.scale;
+    }
+    if (tile.prefetch) {  // the end of the second half: as many bytes as four rows of scales have
+      prefetch_run<4 * kSubPage * sizeof(float)>(tile.ahead_of_values(4 * kSubPage * head_dim));
     }
     weigh_rest<kRows, columns(kRows)>(tile, first, last, codes, scale, head_dim, 0, acc);
   }

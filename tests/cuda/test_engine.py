@@ -272,6 +272,18 @@ SAMPLING = (
 )
 
 
+EVERY_RULE = (
+    *SAMPLING[:2],
+    SamplingRow(  # changes the choice, as nearly every token is in the output
+        repetition_penalty=1.8,
+        presence_penalty=2.0,
+        history=np.arange(300, dtype=np.int32),
+        prompt_length=0,
+    ),
+    *SAMPLING[2:],
+)
+
+
 def choose_all(runner: CudaRunner, count: int, steps: int) -> list[tuple[SampledRow, ...]]:
     """What `count` sequences choose in decode steps; in every step the rules move on by one row."""
     cache = runner.allocate_kv(64, 32)
@@ -283,7 +295,7 @@ def choose_all(runner: CudaRunner, count: int, steps: int) -> list[tuple[Sampled
     chosen = []
     for step in range(steps):
         batch = make_batch(cache, tokens, {s: (5 + s + step, 6 + s + step) for s in tokens})
-        rules = tuple(SAMPLING[(s + step) % len(SAMPLING)] for s in tokens)
+        rules = tuple(EVERY_RULE[(s + step) % len(EVERY_RULE)] for s in tokens)
         chosen.append(runner.step(batch, rules).rows)
         for s in tokens:
             cache.commit(s, tokens[s], 6 + s + step)

@@ -95,6 +95,16 @@ def test_options_of_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -
         devices.create_runner(checkpoint, "cuda:0", threads=2)
 
 
+def test_deterministic_reaches_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeCuda())
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(devices, "CudaRunner", lambda checkpoint, **options: given.append(options))
+    checkpoint: Any = None
+    devices.create_runner(checkpoint, "cuda:0", deterministic=True, threads=None)
+    devices.create_runner(checkpoint, "cuda", deterministic=None)
+    assert given == [{"device": 0, "deterministic": True}, {"device": 0}]
+
+
 def test_the_folders_of_the_cublas_wheels_are_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

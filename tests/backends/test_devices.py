@@ -280,6 +280,8 @@ def test_other_names_give_their_backend(checkpoint: Checkpoint) -> None:
         create_runner(checkpoint, "reference", threads=2)
     with pytest.raises(InvalidArgumentError, match="no option kv_dtype; leave it out"):
         create_runner(checkpoint, "reference", kv_dtype="int8")
+    with pytest.raises(InvalidArgumentError, match="no option deterministic; leave it out"):
+        create_runner(checkpoint, "reference", deterministic=True)
     with pytest.raises(InvalidArgumentError, match="MockRunner"):
         create_runner(checkpoint, "mock")
     pytest.importorskip("torch", reason="torch is not installed")

@@ -79,6 +79,7 @@ def test_the_logits_hash_is_that_of_the_model_and_of_nothing_else(tiny: Path) ->
     coded = offline(tiny, "--kv-dtype", "int8")
     assert coded["kv_dtype"] == "int8"
     assert coded["logits_hash"] != expected
+    assert offline(tiny, "--deterministic")["logits_hash"] == expected  # as always on the CPU
 
 
 def test_devices_without_the_native_core_leave_bandwidth_out(tiny: Path) -> None:
@@ -106,6 +107,7 @@ def test_offline_errors(tiny: Path) -> None:
     assert "lower --streams" in error("--prompt-tokens", "400", "--streams", "1000000")
     assert "threads is 9999" in error("--threads", "9999")
     assert "unknown device 'gpu'" in error("--device", "gpu")
+    assert "no option deterministic" in error("--device", "reference", "--deterministic")
     assert "no model 'nosuch'" in fail("offline", "--model", "nosuch", module=BENCH)
 
 

@@ -23,6 +23,7 @@ PROMPT = ("-p", "hello", "--raw", "--greedy", "--max-tokens", "3")
         (("--precision", "a7"), "precision is 'a7'; choose 'a8' or 'a15'"),
         (("--kv-dtype", "fp8"), "kv_dtype is 'fp8'; choose 'auto', 'bf16' or 'int8'"),
         (("--device", "reference", "--kv-dtype", "int8"), "has no option kv_dtype; leave it out"),
+        (("--device", "reference", "--deterministic"), "has no option deterministic; leave it out"),
         (("--threads", "9999"), "threads is 9999; choose between 1 and 1024"),
         (("--kv-cache-gb", "1e5"), "the largest kv_cache_gb that fits is "),
         (("--kv-cache-gb", "nan"), "kv_cache_gb is nan; give GiB above 0"),

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cli.support import run, succeed
 from models.make_tiny import make_tiny_hf
 from sagellm import LLM
@@ -65,6 +67,13 @@ def test_a_seed_repeats_a_random_answer(tiny: Path) -> None:
 def test_temperature_zero_is_greedy(tiny: Path) -> None:
     options = ("--raw", "--max-tokens", "6", "--temperature", "0")
     assert answer(tiny, *options)["output_tokens"] == answer(tiny, *GREEDY)["output_tokens"]
+
+
+@pytest.mark.native
+def test_the_cpu_is_deterministic_with_and_without_the_option(tiny: Path) -> None:
+    options = (*GREEDY, "--device", "cpu")
+    expected = answer(tiny, *options)["output_tokens"]
+    assert answer(tiny, *options, "--deterministic")["output_tokens"] == expected
 
 
 def test_a_hugging_face_folder_on_the_reference_backend(tmp_path: Path) -> None:

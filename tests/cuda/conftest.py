@@ -96,6 +96,12 @@ def fake_cublas_folder() -> str:
     return str(_folder("fake_cublas_lt"))
 
 
+@pytest.fixture(scope="session")
+def fake_nccl_folder() -> str:
+    """A folder with a libnccl.so.2 that runs on the CPU."""
+    return str(_folder("fake_nccl"))
+
+
 @pytest.fixture
 def orders(cuda: ModuleType) -> Iterator[range]:
     """Seeds to repeat a kernel with: other orders of threads in the emulator, once on a device."""

@@ -17,7 +17,7 @@ from models.make_tiny import make_tiny_gguf, make_tiny_hf
 from reference.cases import chunked_logits, make_batch
 from sagellm.backends import cuda as backend
 from sagellm.backends.cuda import CudaRunner
-from sagellm.backends.interface import ForwardBatch, SamplingRow
+from sagellm.backends.interface import ForwardBatch, SampledRow, SamplingRow
 from sagellm.backends.numpy_sampler import sample_rows
 from sagellm.backends.reference import ReferenceRunner
 from sagellm.checkpoint import Checkpoint, open_checkpoint
@@ -270,6 +270,67 @@ SAMPLING = (
     SamplingRow(allowed=np.zeros(10, np.uint32)),
     SamplingRow(forced_token=44, num_logprobs=2),
 )
+
+
+EVERY_RULE = (
+    *SAMPLING[:2],
+    SamplingRow(  # changes the choice, as nearly every token is in the output
+        repetition_penalty=1.8,
+        presence_penalty=2.0,
+        history=np.arange(300, dtype=np.int32),
+        prompt_length=0,
+    ),
+    *SAMPLING[2:],
+)
+
+
+def choose_all(runner: CudaRunner, count: int, steps: int) -> list[tuple[SampledRow, ...]]:
+    """What `count` sequences choose in decode steps; in every step the rules move on by one row."""
+    cache = runner.allocate_kv(64, 32)
+    tokens = {s: tokens_of(5 + s + steps, seed=s) for s in range(count)}
+    for s, tokens_of_s in tokens.items():
+        cache.add(s)
+        runner.step(make_batch(cache, {s: tokens_of_s}, {s: (0, 5 + s)}))
+        cache.commit(s, tokens_of_s, 5 + s)
+    chosen = []
+    for step in range(steps):
+        batch = make_batch(cache, tokens, {s: (5 + s + step, 6 + s + step) for s in tokens})
+        rules = tuple(EVERY_RULE[(s + step) % len(EVERY_RULE)] for s in tokens)
+        chosen.append(runner.step(batch, rules).rows)
+        for s in tokens:
+            cache.commit(s, tokens[s], 6 + s + step)
+    return chosen
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_one_recording_serves_every_sampling_rule(
+    make_runner: MakeRunner, folder: Path, count: int
+) -> None:
+    checkpoint = tiny(folder, "llama", "BF16")
+    recorded = make_runner(checkpoint, deterministic=True)
+    launched = make_runner(checkpoint, deterministic=True, max_graph_sequences=0)
+    assert choose_all(recorded, count, 5) == choose_all(launched, count, 5)
+    assert recorded.graph_counts == (1, 4)  # the first step of the shape is not recorded
+
+
+def test_steps_with_and_without_sampling_are_recorded_apart(
+    make_runner: MakeRunner, folder: Path
+) -> None:
+    runner = make_runner(tiny(folder))
+    cache = runner.allocate_kv(64, 16)
+    cache.add(0)
+    tokens = {0: tokens_of(9)}
+    runner.step(make_batch(cache, tokens, {0: (0, 1)}, rows=[]))
+    cache.commit(0, tokens[0], 1)
+    for end in range(2, 9):
+        batch = make_batch(cache, tokens, {0: (end - 1, end)})
+        rules = (SamplingRow(),) if end % 2 == 0 else ()
+        output = runner.step(batch, rules, return_logits=True)
+        assert output.logits is not None and len(output.rows) == len(rules)
+        if rules:
+            assert output.rows[0].token_id == int(output.logits[0].argmax())
+        cache.commit(0, tokens[0], end)
+    assert runner.graph_counts[0] == 2
 
 
 def test_tokens_follow_the_sampling_rule(make_runner: MakeRunner, folder: Path) -> None:

@@ -173,6 +173,13 @@ def test_the_kv_dtype_that_was_asked_for_shows(tmp_path: Path) -> None:
         open_gateway(GatewayConfig(), replace(options, device="mock"))
 
 
+def test_a_device_that_cannot_be_deterministic_refuses(tmp_path: Path) -> None:
+    path = make_tiny_gguf(tmp_path / "tiny.gguf")
+    options = ModelOptions(path=path, name="tiny", device="reference", deterministic=True)
+    with pytest.raises(InvalidArgumentError, match="'reference' has no option deterministic"):
+        open_gateway(GatewayConfig(), options)
+
+
 def test_refusals_failures_and_http_answers_are_told_apart() -> None:
     with serving(mock_gateway(script=ANSWER, max_queue=8)) as client:
         long = [{"role": "user", "content": "x" * 10_000}]  # more than the pool holds

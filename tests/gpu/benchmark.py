@@ -1,41 +1,68 @@
 """Measures the CUDA backend on this machine's device and sets it beside torch, Triton and
 transformers.
 
-``python -m gpu.benchmark --json FILE [--only PART ...]`` with ``tests`` on the module path. Needs
-``sagellm._cuda``; parts whose peer is missing report that and the others go on.
+``python -m gpu.benchmark --json FILE [--only PART ...] [--limit SECONDS]`` with ``tests`` on the
+module path. Needs ``sagellm._cuda``. Every part runs in a process of its own, so that one that
+fails, lacks its peer, or takes the device away leaves the others alone; what is there survives a
+limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import importlib.metadata
+import json
 import platform
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cuda import attention_benchmark
-from gpu import peers
 from gpu.measure import Report, llama_8b, random_checkpoint, seconds
 from sagellm import _cuda as cuda
 from sagellm.backends.cuda import CudaRunner, cublas_folders
 from sagellm.backends.interface import ForwardBatch, SamplingRow
+from sagellm.errors import DeviceUnavailableError
 
 CONTEXT = 1024
 
 
-class Benchmarks:
-    """The parts, in order; the rates of the chip come first."""
+PARTS = (
+    "chip",
+    "attention",
+    "model",
+    "elementwise",
+    "attention_peers",
+    "linear",
+    "deterministic",
+    "model_peers",
+)
+PART_SECONDS = 75.0  # one that hangs must not take the time of all
 
-    def __init__(self, report: Report) -> None:
+
+@functools.cache
+def peers() -> Any:
+    """torch, Triton and transformers: they take seconds to load, and may be missing."""
+    return importlib.import_module("gpu.peers")
+
+
+class Benchmarks:
+    """The parts. `copy` and `matrix`: rates of the chip, in bytes and operations per second."""
+
+    def __init__(self, report: Report, copy: float, matrix: float) -> None:
         self.report = report
-        self.copy = 4.3e12
-        self.matrix = 780e12
+        self.copy = copy
+        self.matrix = matrix
 
     def chip(self) -> None:
-        self.copy, self.matrix = peers.copy_rate(), peers.matrix_rate()
+        self.copy, self.matrix = peers().copy_rate(), peers().matrix_rate()
         self.report.add(
             area="chip", case="copy", what="read + write", value=self.copy / 1e12, unit="TB/s"
         )
@@ -70,31 +97,44 @@ class Benchmarks:
             if load.queries not in (1, load.context):
                 continue
             shape = (load.num_heads, load.num_kv_heads, load.head_dim)
-            found = peers.sdpa_seconds(load.sequences, load.queries, load.context, *shape)
-            for name, time in found.items():
-                self._time("attention", load.name, f"torch SDPA, {name}", time * 1e6)
+            found = peers().sdpa_seconds(load.sequences, load.queries, load.context, *shape)
+            for name, took in found.items():
+                self._time("attention", load.name, f"torch SDPA, {name}", took * 1e6)
             if load.queries == 1:
-                time = peers.triton_paged_seconds(
+                took = peers().triton_paged_seconds(
                     load.sequences, load.context, *shape, load.page_size
                 )
-                self._time("attention", load.name, "Triton, paged", time * 1e6)
+                self._time("attention", load.name, "Triton, paged", took * 1e6)
 
     def linear(self) -> None:
-        library = cuda.CublasLt(cublas_folders())
+        products = {"own gemm": cuda.gemm}
+        try:
+            products["cuBLASLt"] = cuda.CublasLt(cublas_folders()).gemm
+        except DeviceUnavailableError as error:
+            self.report.fail(f"linear: {error}")
         rng = np.random.default_rng(0)
-        for m in (1, 8, 64, 512, 4096):
-            for n, k in ((6144, 4096), (4096, 14336), (28672, 4096)):
-                x, w = (
-                    cuda.array(rng.integers(0x3C00, 0x3E00, s).astype(np.uint16))
-                    for s in ((m, k), (n, k))
+        sizes = ((6144, 4096), (4096, 14336), (28672, 4096))
+        shapes = [(m, n, k) for m in (1, 8, 64, 512, 4096) for n, k in sizes]
+
+        def add(shape: tuple[int, int, int], name: str, took: float) -> None:
+            m, n, k = shape
+            floor = max(2 * n * k / self.copy, 2 * m * n * k / self.matrix)
+            self._time("linear", f"m {m}, n {n}, k {k}", name, took * 1e6, floor * 1e6)
+
+        for m, n, k in shapes:
+            x, w = (
+                cuda.array(rng.integers(0x3C00, 0x3E00, s).astype(np.uint16))
+                for s in ((m, k), (n, k))
+            )
+            out = cuda.empty([m, n], np.dtype(np.uint16))
+            for name, product in products.items():
+                add(
+                    (m, n, k),
+                    name,
+                    seconds(functools.partial(product, x, w, out), cuda.synchronize),
                 )
-                out = cuda.empty([m, n], np.dtype(np.uint16))
-                floor = max(2 * n * k / self.copy, 2 * m * n * k / self.matrix) * 1e6
-                for name, product in (("own gemm", cuda.gemm), ("cuBLASLt", library.gemm)):
-                    time = seconds(functools.partial(product, x, w, out), cuda.synchronize)
-                    self._time("linear", f"m {m}, n {n}, k {k}", name, time * 1e6, floor)
-                time = peers.linear_seconds(m, n, k)
-                self._time("linear", f"m {m}, n {n}, k {k}", "torch", time * 1e6, floor)
+        for shape in shapes:
+            add(shape, "torch", peers().linear_seconds(*shape))
 
     def elementwise(self) -> None:
         rows, n = 8192, 4096
@@ -103,15 +143,15 @@ class Benchmarks:
         weight = cuda.array(np.ones(n, np.float32))
         delta = cuda.array(np.full((rows, n), 0x3C00, np.uint16))
         out = cuda.empty([rows, n], np.dtype(np.uint16))
-        time = seconds(
+        took = seconds(
             lambda: cuda.add_rms_norm(residual, delta=delta, weight=weight, out=out), wait
         )
-        self._rate("residual + RMSNorm, 8192 x 4096", rows * n * (4 + 4 + 2 + 2), time)
+        self._rate("residual + RMSNorm, 8192 x 4096", rows * n * (4 + 4 + 2 + 2), took)
         width = 14336
         x = cuda.array(np.full((rows, 2 * width), 0x3C00, np.uint16))
         y = cuda.empty([rows, width], np.dtype(np.uint16))
-        time = seconds(lambda: cuda.gated_activation(x, y), wait)
-        self._rate("SiLU * up, 8192 x 14336", rows * width * 6, time)
+        took = seconds(lambda: cuda.gated_activation(x, y), wait)
+        self._rate("SiLU * up, 8192 x 14336", rows * width * 6, took)
 
     def model(self) -> None:
         runner = CudaRunner(random_checkpoint(llama_8b()), max_batch_tokens=4096)
@@ -133,11 +173,11 @@ class Benchmarks:
 
     def model_peers(self) -> None:
         for batch in (1, 64):
-            time = peers.transformers_decode_seconds(batch, CONTEXT)
+            took = peers().transformers_decode_seconds(batch, CONTEXT)
             case = f"Llama 8B bf16, batch {batch}, 1K"
-            self._time("model", case, "transformers, step", time * 1e6)
+            self._time("model", case, "transformers, step", took * 1e6)
             self.report.add(
-                area="model", case=case, what="transformers", value=batch / time, unit="tok/s"
+                area="model", case=case, what="transformers", value=batch / took, unit="tok/s"
             )
 
     def deterministic(self) -> None:
@@ -157,9 +197,9 @@ class Benchmarks:
             area=area, case=case, what=what, value=us, unit="us", better="lower", bound=floor
         )
 
-    def _rate(self, case: str, moved: int, time: float) -> None:
+    def _rate(self, case: str, moved: int, took: float) -> None:
         self.report.add(
-            area="elementwise", case=case, what="sagellm", value=moved / time / 1e9, unit="GB/s",
+            area="elementwise", case=case, what="sagellm", value=moved / took / 1e9, unit="GB/s",
             bound=self.copy / 1e9,
         )  # fmt: skip
 
@@ -187,8 +227,6 @@ class Decode:
 
     def measure(self, count: int, steps: int = 24) -> tuple[float, float]:
         """Median seconds of a step, and of its host part before the device works alone."""
-        import time
-
         rows = tuple(SamplingRow() for _ in range(count))
         times, hosts = [], []
         for i in range(steps):
@@ -200,8 +238,6 @@ class Decode:
         return float(np.median(times[4:])), float(np.median(hosts[4:]))
 
     def prefill(self, report: Report, matrix: float) -> None:
-        import time
-
         count = 4096
         batch = ForwardBatch(
             token_ids=np.zeros(count, np.int32),
@@ -228,6 +264,13 @@ class Decode:
         )  # fmt: skip
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     info = dict(cuda.device_info(0))
@@ -235,38 +278,75 @@ def machine() -> dict[str, Any]:
         "device": {key: str(value) for key, value in info.items()},
         "driver": cuda.driver_version(),
         "runtime": cuda.runtime_version(),
-        "torch": peers.torch.__version__,
-        "triton": peers.triton.__version__,
+        **{name: version(name) for name in ("torch", "triton", "transformers")},
         "python": platform.python_version(),
     }
 
 
-def main() -> None:
+def run_part(name: str, path: Path, copy: float, matrix: float) -> None:
+    """One part, in this process."""
+    cuda.use_device(0)
+    report = Report(path, machine())
+    report.attempt(name, getattr(Benchmarks(report, copy, matrix), name))
+    report.write()
+
+
+def run_parts(names: list[str], path: Path, limit: float) -> int:
+    """Each part in a process of its own; `path` is written after each.
+
+    Returns:
+        The number of failures.
+    """
+    end = time.monotonic() + limit
+    content: dict[str, Any] = {"machine": {}, "results": [], "failures": []}
+    rates = {"copy": 4.3e12, "matrix": 780e12}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            own = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", "gpu.benchmark", "--json", str(own), "--part", name]
+            command += [f"--{key}={value}" for key, value in rates.items()]
+            failure = _run_within(command, min(PART_SECONDS, end - time.monotonic()))
+            if failure:
+                content["failures"].append(f"{name}: {failure}")
+                print(f"FAILED {name}: {failure}", flush=True)
+            if own.exists():
+                part = json.loads(own.read_text())
+                content["machine"] = part["machine"]
+                content["results"] += part["results"]
+                content["failures"] += part["failures"]
+                for result in part["results"]:
+                    if result["area"] == "chip":
+                        key = "copy" if result["case"] == "copy" else "matrix"
+                        rates[key] = result["value"] * 1e12
+            path.write_text(json.dumps(content, indent=1))
+    return len(content["failures"])
+
+
+def _run_within(command: list[str], seconds_left: float) -> str:
+    """Runs a part; returns what was wrong with it, or nothing."""
+    if seconds_left < 5:
+        return "no time was left"
+    try:
+        status = subprocess.run(command, timeout=seconds_left).returncode
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds_left:.0f} s"
+    return f"exit status {status}" if status else ""
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--only", nargs="*", choices=PARTS)
+    parser.add_argument("--limit", type=float, default=240.0)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--copy", type=float, default=4.3e12, help=argparse.SUPPRESS)
+    parser.add_argument("--matrix", type=float, default=780e12, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    cuda.use_device(0)
-    report = Report()
-    benchmarks = Benchmarks(report)
-    parts: dict[str, Callable[[], None]] = {
-        name: getattr(benchmarks, name)
-        for name in (
-            "chip",
-            "attention",
-            "model",
-            "elementwise",
-            "attention_peers",
-            "linear",
-            "deterministic",
-            "model_peers",
-        )
-    }
-    for name, part in parts.items():
-        if not options.only or name in options.only:
-            report.attempt(name, part)
-            report.write(options.json, machine())  # what is there survives a time limit
+    if options.part:
+        run_part(options.part, options.json, options.copy, options.matrix)
+        return 0
+    return 1 if run_parts(options.only or list(PARTS), options.json, options.limit) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -38,8 +38,14 @@ class Result:
 
 @dataclass(slots=True)
 class Report:
-    """Results in the order in which they came, and what did not run."""
+    """Results in the order in which they came, and what did not run; `path` has them all the time.
 
+    Attributes:
+        machine: What they were taken on.
+    """
+
+    path: Path
+    machine: dict[str, Any]
     results: list[Result] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -55,6 +61,12 @@ class Report:
             f"{result.unit:8}{share}",
             flush=True,
         )
+        self.write()
+
+    def fail(self, reason: str) -> None:
+        self.failures.append(reason)
+        print(f"FAILED {reason}", flush=True)
+        self.write()
 
     def attempt(self, name: str, work: Callable[[], None]) -> None:
         """Runs one part; what it raises is reported and the others go on."""
@@ -62,17 +74,16 @@ class Report:
         try:
             work()
         except Exception as error:  # a part that fails must not hide the others
-            self.failures.append(f"{name}: {type(error).__name__}: {error}")
-            print(f"FAILED {self.failures[-1]}", flush=True)
+            self.fail(f"{name}: {type(error).__name__}: {error}")
         print(f"-- {name}: {time.perf_counter() - start:.1f} s", flush=True)
 
-    def write(self, path: Path, machine: dict[str, Any]) -> None:
+    def write(self) -> None:
         content = {
-            "machine": machine,
+            "machine": self.machine,
             "results": [asdict(result) for result in self.results],
             "failures": self.failures,
         }
-        path.write_text(json.dumps(content, indent=1))
+        self.path.write_text(json.dumps(content, indent=1))
 
 
 def seconds(run: Callable[[], object], wait: Callable[[], object], repeat: int = 20) -> float:

@@ -1,10 +1,7 @@
 #include "sagellm/cuda/cublas_lt.h"
 
-#include <dlfcn.h>
-
 #include <array>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 
 #include "sagellm/base/error.h"
@@ -59,27 +56,6 @@ DataType data_type(FloatType type) {
   return kReal32;
 }
 
-/// Opens the first library that loads; its path goes to `found`, what was tried to the message.
-void* open_library(const std::vector<std::string>& folders, std::string& found) {
-  std::string tried;
-  std::vector<std::string> paths;
-  for (const std::string& folder : folders) {
-    for (const char* name : kNames) paths.push_back(folder + "/" + name);
-  }
-  paths.insert(paths.end(), kNames.begin(), kNames.end());
-  for (const std::string& path : paths) {
-    if (void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-      found = path;
-      return library;
-    }
-    const char* error = dlerror();
-    tried += tried.empty() ? "" : "; ";
-    tried += error != nullptr ? error : path;
-  }
-  fail<DeviceError>("cuBLASLt was not found (", tried,
-                    "); pip install nvidia-cublas, or install the CUDA toolkit's libcublas");
-}
-
 }  // namespace
 
 struct CublasLtFunctions {
@@ -111,44 +87,32 @@ struct CublasLtFunctions {
 };
 
 CublasLt::CublasLt(const std::vector<std::string>& folders)
-    : library_(open_library(folders, path_)), functions_(std::make_unique<CublasLtFunctions>()) {
-  const auto find = [this](const char* name, auto& function) {
-    void* symbol = dlsym(library_, name);
-    if (symbol == nullptr) {
-      dlclose(library_);
-      fail<DeviceError>(path_, " has no function ", name, "; install nvidia-cublas 12 or 13");
-    }
-    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(symbol);
-  };
+    : library_(folders, kNames, "cuBLASLt",
+               "pip install nvidia-cublas, or install the CUDA toolkit's libcublas 12 or 13"),
+      functions_(std::make_unique<CublasLtFunctions>()) {
   CublasLtFunctions& f = *functions_;
-  find("cublasLtGetVersion", f.get_version);
-  find("cublasLtGetStatusString", f.status_string);
-  find("cublasLtCreate", f.create);
-  find("cublasLtDestroy", f.destroy);
-  find("cublasLtMatmulDescCreate", f.descriptor_create);
-  find("cublasLtMatmulDescDestroy", f.descriptor_destroy);
-  find("cublasLtMatmulDescSetAttribute", f.descriptor_set);
-  find("cublasLtMatrixLayoutCreate", f.layout_create);
-  find("cublasLtMatrixLayoutDestroy", f.layout_destroy);
-  find("cublasLtMatmulPreferenceCreate", f.preference_create);
-  find("cublasLtMatmulPreferenceDestroy", f.preference_destroy);
-  find("cublasLtMatmulPreferenceSetAttribute", f.preference_set);
-  find("cublasLtMatmulAlgoGetHeuristic", f.heuristic);
-  find("cublasLtMatmul", f.matmul);
+  library_.find("cublasLtGetVersion", f.get_version);
+  library_.find("cublasLtGetStatusString", f.status_string);
+  library_.find("cublasLtCreate", f.create);
+  library_.find("cublasLtDestroy", f.destroy);
+  library_.find("cublasLtMatmulDescCreate", f.descriptor_create);
+  library_.find("cublasLtMatmulDescDestroy", f.descriptor_destroy);
+  library_.find("cublasLtMatmulDescSetAttribute", f.descriptor_set);
+  library_.find("cublasLtMatrixLayoutCreate", f.layout_create);
+  library_.find("cublasLtMatrixLayoutDestroy", f.layout_destroy);
+  library_.find("cublasLtMatmulPreferenceCreate", f.preference_create);
+  library_.find("cublasLtMatmulPreferenceDestroy", f.preference_destroy);
+  library_.find("cublasLtMatmulPreferenceSetAttribute", f.preference_set);
+  library_.find("cublasLtMatmulAlgoGetHeuristic", f.heuristic);
+  library_.find("cublasLtMatmul", f.matmul);
   version_ = f.get_version();
   const int status = version_ >= kOldest ? f.create(&handle_) : kSuccess;
-  if (version_ < kOldest || status != kSuccess) {
-    const std::string reason = status != kSuccess ? f.status_string(status) : "too old";
-    dlclose(library_);
-    fail<DeviceError>(path_, ", version ", version_, ": ", reason,
-                      "; nvidia-cublas 12 or 13 and a driver that serves it are needed");
-  }
+  require<DeviceError>(version_ >= kOldest && status == kSuccess, path(), ", version ", version_,
+                       ": ", status != kSuccess ? f.status_string(status) : "too old",
+                       "; nvidia-cublas 12 or 13 and a driver that serves it are needed");
 }
 
-CublasLt::~CublasLt() {
-  (void)functions_->destroy(handle_);
-  dlclose(library_);
-}
+CublasLt::~CublasLt() { (void)functions_->destroy(handle_); }
 
 /// What the library needs to know of one shape.
 struct CublasLtGemm::Plan {

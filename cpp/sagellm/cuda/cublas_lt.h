@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "sagellm/cuda/dynamic_library.h"
 #include "sagellm/cuda/memory.h"
 #include "sagellm/kernels/cuda/gemm.h"
 
@@ -29,11 +30,10 @@ class CublasLt {
   void* handle() const { return handle_; }
   /// 10000 * major + 100 * minor + patch: 130000 for 13.0.0.
   size_t version() const { return version_; }
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return library_.path(); }
 
  private:
-  std::string path_;  // before library_, whose search writes it
-  void* library_ = nullptr;
+  DynamicLibrary library_;
   std::unique_ptr<CublasLtFunctions> functions_;
   void* handle_ = nullptr;
   size_t version_ = 0;

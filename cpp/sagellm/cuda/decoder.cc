@@ -36,30 +36,12 @@ KvType stored_as(KvType wanted, FloatType type) {
   return type == FloatType::kF16 ? KvType::kF16 : KvType::kBF16;
 }
 
-/// Cuts one allocation into arrays.
-class Carver {
- public:
-  template <typename T>
-  void take(T*& array, int64_t count, int64_t element_bytes = sizeof(T)) {
-    places_.push_back({reinterpret_cast<void**>(&array), bytes_});
-    bytes_ = round_up(bytes_ + count * element_bytes, 256);
-  }
-  DeviceBuffer allocate() const {
-    DeviceBuffer memory(static_cast<size_t>(bytes_));
-    for (const auto& [array, offset] : places_) *array = memory.data() + offset;
-    return memory;
-  }
-
- private:
-  std::vector<std::pair<void**, int64_t>> places_;
-  int64_t bytes_ = 0;
-};
-
 }  // namespace
 
 size_t Decoder::ShapeHash::operator()(const StepShape& shape) const {
   return static_cast<size_t>(shape.sequences) * 0x9e3779b97f4a7c15u +
-         static_cast<size_t>(shape.table_width) * 64 + static_cast<size_t>(shape.wide_kinds);
+         static_cast<size_t>(shape.table_width) * 64 + static_cast<size_t>(shape.wide_kinds) * 2 +
+         static_cast<size_t>(shape.samples);
 }
 
 Decoder::Decoder(model::ModelConfig config, const HostTensors& tensors,
@@ -68,23 +50,17 @@ Decoder::Decoder(model::ModelConfig config, const HostTensors& tensors,
       options_(validated(options)),
       device_(device_info(options.device)),
       weights_((check_supported(), config_), tensors, stream_),
-      type_(weights_.type()),
-      kv_type_(stored_as(options.kv_type, type_)),
-      qkv_stride_(int64_t{config_.num_heads + 2 * config_.num_kv_heads} * config_.head_dim),
-      vocab_stride_(round_up(config_.vocab_size, 8)),
-      head_rows_(std::min(kHeadRows, options.max_batch_tokens)) {
-  std::shared_ptr<const CublasLt> library;
-  if (options_.use_cublas && !options_.deterministic) {
-    library = std::make_shared<CublasLt>(options_.cublas_folders);
-  }
-  matmul_ = library ? "cuBLASLt " + std::to_string(library->version()) : "own kernels";
-  linear_ = std::make_unique<Linear>(LinearOptions{.type = type_,
-                                                   .deterministic = options_.deterministic,
-                                                   .max_k = weights_.max_quantized_k(),
-                                                   .library = std::move(library)});
-  allocate_workspace();
-  sampler_ = std::make_unique<Sampler>(config_.vocab_size, vocab_stride_, head_rows_);
-}
+      kv_type_(stored_as(options.kv_type, weights_.type())),
+      head_rows_(std::min(kHeadRows, options.max_batch_tokens)),
+      library_(options.use_cublas && !options.deterministic
+                   ? std::make_shared<const CublasLt>(options.cublas_folders)
+                   : nullptr),
+      linear_({.type = weights_.type(),
+               .deterministic = options.deterministic,
+               .max_k = weights_.max_quantized_k(),
+               .library = library_}),
+      forward_(config_, weights_, linear_, stream_, options.max_batch_tokens, head_rows_),
+      sampler_(config_.vocab_size, forward_.vocab_stride(), head_rows_) {}
 
 Decoder::~Decoder() { drain(); }  // nothing may use memory that is freed now
 
@@ -111,93 +87,42 @@ void Decoder::check_supported() const {
   }
 }
 
-void Decoder::allocate_workspace() {
-  const int64_t rows = options_.max_batch_tokens;
-  const int64_t hidden = config_.hidden_size;
-  const int64_t q_size = int64_t{config_.num_heads} * config_.head_dim;
-  Carver carver;
-  carver.take(residual_, rows * hidden);
-  carver.take(projection_, rows * hidden);
-  carver.take(normed_, rows * hidden, 2);
-  carver.take(qkv_, rows * qkv_stride_, 2);
-  carver.take(q_, rows * q_size, 2);
-  carver.take(gate_up_, rows * 2 * config_.intermediate_size, 2);
-  carver.take(ffn_, rows * config_.intermediate_size, 2);
-  carver.take(logits_, head_rows_ * vocab_stride_);
-  cos_.resize(config_.ropes.size());
-  sin_.resize(config_.ropes.size());
-  std::vector<double> frequencies;
-  for (size_t i = 0; i < config_.ropes.size(); ++i) {
-    const std::vector<double>& values = config_.ropes[i].inverse_frequencies;
-    carver.take(cos_[i], rows * static_cast<int64_t>(values.size()));
-    carver.take(sin_[i], rows * static_cast<int64_t>(values.size()));
-    rope_offset_.push_back(frequencies.size());
-    frequencies.insert(frequencies.end(), values.begin(), values.end());
-  }
-  workspace_ = carver.allocate();
-  rope_frequencies_ = DeviceBuffer(frequencies.size() * sizeof(double));
-  copy_to_device(rope_frequencies_.data(), frequencies.data(), rope_frequencies_.size(),
-                 stream_.get());
-  stream_.synchronize();
+KvPoolOptions Decoder::pool_options(int64_t num_blocks, int32_t block_size) const {
+  int32_t slots = 0;
+  for (const model::LayerConfig& layer : config_.layers) slots = std::max(slots, layer.slot + 1);
+  return {.num_blocks = num_blocks,
+          .block_size = block_size,
+          .num_slots = slots,
+          .num_kv_heads = config_.num_kv_heads,
+          .head_dim = config_.head_dim,
+          .type = kv_type_};
 }
 
 int64_t Decoder::kv_bytes_per_block(int32_t block_size) const {
-  int32_t slots = 0;
-  for (const model::LayerConfig& layer : config_.layers) slots = std::max(slots, layer.slot + 1);
-  return KvPoolOptions{.block_size = block_size,
-                       .num_slots = slots,
-                       .num_kv_heads = config_.num_kv_heads,
-                       .head_dim = config_.head_dim,
-                       .type = kv_type_}
-      .block_bytes();
+  return pool_options(0, block_size).block_bytes();
 }
 
 void Decoder::allocate_kv(int64_t num_blocks, int32_t block_size) {
   require<InvalidArgument>(kv_ == nullptr, "the KV pages are allocated already");
   select_device(options_.device);
-  int32_t slots = 0;
-  for (const model::LayerConfig& layer : config_.layers) slots = std::max(slots, layer.slot + 1);
-  auto pool = std::make_unique<KvPool>(KvPoolOptions{.num_blocks = num_blocks,
-                                                     .block_size = block_size,
-                                                     .num_slots = slots,
-                                                     .num_kv_heads = config_.num_kv_heads,
-                                                     .head_dim = config_.head_dim,
-                                                     .type = kv_type_},
-                                       stream_);
-  make_layer_kinds(block_size);
+  auto pool = std::make_unique<KvPool>(pool_options(num_blocks, block_size), stream_);
+  PagedAttentionOptions attention;
+  attention.plan.num_heads = config_.num_heads;
+  attention.plan.num_kv_heads = config_.num_kv_heads;
+  attention.plan.head_dim = config_.head_dim;
+  attention.plan.page_size = block_size;
+  attention.plan.deterministic = options_.deterministic;
+  attention.type = weights_.type();
+  attention.kv_type = kv_type_;
+  attention.scale = config_.attention_scale;
+  attention.softcap = config_.attention_softcap;
+  attention_ = std::make_unique<LayerAttention>(config_, attention, device_);
   reserve_upload(kLeastUpload);
   kv_ = std::move(pool);
 }
 
-void Decoder::make_layer_kinds(int32_t block_size) {
-  kinds_.clear();
-  kind_of_layer_.clear();
-  for (const model::LayerConfig& layer : config_.layers) {
-    auto kind = std::find_if(kinds_.begin(), kinds_.end(), [&](const LayerKind& k) {
-      return k.window == layer.window && k.group == layer.group;
-    });
-    if (kind == kinds_.end()) {
-      PagedAttentionOptions options;
-      options.plan.num_heads = config_.num_heads;
-      options.plan.num_kv_heads = config_.num_kv_heads;
-      options.plan.head_dim = config_.head_dim;
-      options.plan.page_size = block_size;
-      options.plan.window = layer.window;
-      options.plan.deterministic = options_.deterministic;
-      options.type = type_;
-      options.kv_type = kv_type_;
-      options.scale = config_.attention_scale;
-      options.softcap = config_.attention_softcap;
-      LayerKind& made = kinds_.emplace_back();
-      made.window = layer.window;
-      made.group = layer.group;
-      made.attention = std::make_unique<PagedAttention>(options, device_);
-      kind = kinds_.end() - 1;
-    }
-    kind_of_layer_.push_back(static_cast<int32_t>(kind - kinds_.begin()));
-  }
-  require<Unsupported>(kinds_.size() <= 64, "the model has ", kinds_.size(),
-                       " kinds of attention layers; at most 64 are supported");
+std::string Decoder::matmul() const {
+  return library_ ? "cuBLASLt " + std::to_string(library_->version()) : "own kernels";
 }
 
 size_t Decoder::free_bytes() const {
@@ -206,8 +131,8 @@ size_t Decoder::free_bytes() const {
 }
 
 size_t Decoder::workspace_bytes() const {
-  return workspace_.size() + upload_.size() + rope_frequencies_.size() + sampler_->bytes() +
-         linear_->bytes() + attention_workspace_.bytes();
+  return forward_.bytes() + upload_.size() + sampler_.bytes() + linear_.bytes() +
+         (attention_ ? attention_->workspace_bytes() : 0);
 }
 
 size_t Decoder::num_graphs() const {
@@ -232,18 +157,18 @@ void Decoder::launch(const model::ForwardBatch& batch, std::span<const sample::R
                            "sampled and sampling differ in length");
   select_device(options_.device);
   const bool decode = is_decode(batch);
-  prepare(batch, sampling, decode);
   outputs_ = outputs;
   num_rows_ = batch.num_logit_rows();
+  prepare(batch, sampling, decode);
   try {
     copy_to_device(upload_.data(), pinned_.data(), upload_bytes_, stream_.get());
     kv_->copy_blocks(batch.block_copies, stream_);
     if (decode) {
       run_recorded();
     } else {
-      forward();
+      forward_.run(arrays_, *kv_, *attention_);
     }
-    output(sampling, decode);
+    output(decode);
   } catch (...) {
     drain();  // what was queued writes to the caller's arrays and reads the upload
     throw;
@@ -257,7 +182,7 @@ void Decoder::wait() {
   in_flight_ = false;
   select_device(options_.device);
   stream_.synchronize();
-  sampler_->finish(outputs_.sampled);
+  sampler_.finish(outputs_.sampled);
   outputs_ = {};
 }
 
@@ -279,58 +204,51 @@ void Decoder::reserve_upload(size_t bytes) {
 
 void Decoder::prepare(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
                       bool decode) {
-  const int32_t most = std::min(options_.max_graph_sequences, head_rows_);
   shape_ = {.tokens = batch.num_tokens(),
             .sequences = batch.num_sequences(),
             .logit_rows = batch.num_logit_rows(),
             .table_width = batch.max_blocks};
   if (decode) {
     const int64_t widest = ceil_div(config_.max_position, kv_->options().block_size);
-    shape_ = decode_bucket(batch.num_sequences(), batch.max_blocks, most,
+    shape_ = decode_bucket(batch.num_sequences(), batch.max_blocks,
+                           std::min(options_.max_graph_sequences, head_rows_),
                            static_cast<int32_t>(std::max<int64_t>(widest, batch.max_blocks)));
   }
+  shape_.samples = !sampling.empty();
   at_ = step_layout(shape_, batch.num_groups, {});
   reserve_upload(at_.bytes);
   write_inputs(batch);
-
-  const int64_t stride = shape_.table_width;
-  const int64_t plane = shape_.sequences * stride;
-  std::vector<int64_t> words;
-  for (LayerKind& kind : kinds_) {
-    AttentionPlanner& planner = kind.attention->planner();
-    planner.plan({.query_starts = query_starts_,
-                  .positions = {pinned<int32_t>(at_.positions), static_cast<size_t>(shape_.tokens)},
-                  .block_tables = {pinned<int32_t>(at_.block_tables) + kind.group * plane,
-                                   static_cast<size_t>(plane)},
-                  .block_tables_stride = stride});
-    kind.capacity = planner.required();
-    if (decode) {
-      const bool wide = kind.capacity.wide_items > 0;
-      kind.capacity =
-          planner.capacity(shape_.sequences, shape_.tokens, 1, stride * kv_->options().block_size);
-      if (!wide) kind.capacity.wide_items = 0;  // one launch less in every layer
-      shape_.wide_kinds |= uint64_t{wide} << words.size();
-    }
-    words.push_back(planner.upload_layout(kind.capacity).words);
-    const float* before = attention_workspace_.accumulators();
-    const int32_t* arrivals = attention_workspace_.arrivals();
-    attention_workspace_.reserve(planner, kind.capacity, stream_.get());
-    if (before != attention_workspace_.accumulators() ||
-        arrivals != attention_workspace_.arrivals()) {
-      graphs_.clear();  // they use the old workspace
-    }
-  }
+  const bool moved = attention_->plan({.query_starts = query_starts_,
+                                       .positions = pinned<int32_t>(at_.positions),
+                                       .block_tables = pinned<int32_t>(at_.block_tables)},
+                                      shape_, decode, stream_);
+  if (moved) graphs_.clear();  // they use the old workspace
+  const std::vector<int64_t>& words = attention_->words();
   at_ = step_layout(shape_, batch.num_groups, words);
-  upload_bytes_ = at_.bytes + sampler_->measure(sampling, stream_);
+  const int32_t padding = decode && shape_.samples ? shape_.logit_rows - num_rows_ : 0;
+  upload_bytes_ = at_.bytes + sampler_.measure(sampling, padding, stream_);
   if (pinned_.size() < upload_bytes_) {
     reserve_upload(upload_bytes_);
     write_inputs(batch);
   }
-  sampler_->write(sampling, pinned_.data() + at_.bytes, upload_.data() + at_.bytes);
-  for (size_t i = 0; i < kinds_.size(); ++i) {
-    kinds_[i].attention->planner().write_upload(
-        kinds_[i].capacity, {pinned<int32_t>(at_.plans[i]), static_cast<size_t>(words[i])});
-  }
+  sampler_.write(sampling, padding, pinned_.data() + at_.bytes, upload_.data() + at_.bytes);
+  for (size_t i = 0; i < words.size(); ++i) attention_->write(i, pinned<int32_t>(at_.plans[i]));
+  find_arrays();
+}
+
+/// Where the arrays of the step lie on the device.
+void Decoder::find_arrays() {
+  const auto uploaded = [this](size_t offset) {
+    return reinterpret_cast<const int32_t*>(upload_.data() + offset);
+  };
+  arrays_ = {.shape = shape_,
+             .token_ids = uploaded(at_.token_ids),
+             .positions = uploaded(at_.positions),
+             .slots = uploaded(at_.slots),
+             .logit_rows = uploaded(at_.logit_rows),
+             .block_tables = uploaded(at_.block_tables),
+             .plans = {}};
+  for (const size_t offset : at_.plans) arrays_.plans.push_back(uploaded(offset));
 }
 
 /// Padding: token 0 at position 0 of a sequence of its own, whose blocks are block 0, not stored.
@@ -365,11 +283,15 @@ void Decoder::write_inputs(const model::ForwardBatch& batch) {
   }
 }
 
+/// Logits and chosen tokens too: what is launched depends on the shape alone, the rules of choosing
+/// are data. Penalties need counts of their tokens, launched before.
 void Decoder::run_recorded() {
   const auto work = [this] {
-    forward();
-    head(0, shape_.logit_rows);
+    forward_.run(arrays_, *kv_, *attention_);
+    forward_.head(0, shape_.logit_rows);
+    if (shape_.samples) sampler_.choose(forward_.logits(), 0, shape_.logit_rows, stream_);
   };
+  if (shape_.samples) sampler_.count(0, num_rows_, stream_);
   const auto [entry, is_new] = graphs_.try_emplace(shape_);
   if (is_new) {  // once without recording: libraries prepare themselves for a shape
     work();
@@ -380,168 +302,30 @@ void Decoder::run_recorded() {
   ++graph_replays_;
 }
 
-void Decoder::forward() {
-  embed();
-  for (size_t i = 0; i < config_.ropes.size(); ++i) {
-    kernels::cuda::RopeTableParams rope;
-    rope.positions = uploaded<int32_t>(at_.positions);
-    rope.frequencies = rope_frequencies_.as<double>() + rope_offset_[i];
-    rope.cos = cos_[i];
-    rope.sin = sin_[i];
-    rope.num_tokens = shape_.tokens;
-    rope.half = static_cast<int32_t>(config_.ropes[i].inverse_frequencies.size());
-    rope.factor = config_.ropes[i].attention_factor;
-    kernels::cuda::rope_table(rope, stream_.get());
-  }
-  for (size_t i = 0; i < weights_.layers().size(); ++i) layer(i);
-  if (shape_.logit_rows > 0) {
-    normalize(weights_.final_norm(), weights_.layers().back().ffn_post_norm, projection_,
-              uploaded<int32_t>(at_.logit_rows), shape_.logit_rows);
-  }
-}
-
-void Decoder::embed() {
-  const WeightPart& table = weights_.embedding();
-  if (table.is_quantized) {
-    kernels::cuda::QuantizedEmbeddingParams p;
-    p.weights = table.quantized;
-    p.token_ids = uploaded<int32_t>(at_.token_ids);
-    p.out = residual_;
-    p.out_stride = config_.hidden_size;
-    p.num_tokens = shape_.tokens;
-    p.scale = config_.embedding_scale;
-    kernels::cuda::quantized_embedding(p, stream_.get());
-    return;
-  }
-  kernels::cuda::EmbeddingParams p;
-  p.table = table.dense;
-  p.table_stride = config_.hidden_size;
-  p.token_ids = uploaded<int32_t>(at_.token_ids);
-  p.out = residual_;
-  p.out_stride = config_.hidden_size;
-  p.num_tokens = shape_.tokens;
-  p.n = config_.hidden_size;
-  p.scale = config_.embedding_scale;
-  kernels::cuda::embedding(type_, p, stream_.get());
-}
-
-void Decoder::layer(size_t index) {
-  const DeviceLayer& w = weights_.layers()[index];
-  const int32_t tokens = shape_.tokens;
-  const int64_t hidden = config_.hidden_size;
-  const int64_t ffn = config_.intermediate_size;
-  const int64_t q_size = int64_t{config_.num_heads} * config_.head_dim;
-  void* stream = stream_.get();
-  const bool first = index == 0;
-  normalize(w.attn_norm, first ? nullptr : weights_.layers()[index - 1].ffn_post_norm,
-            first ? nullptr : projection_, nullptr, tokens);
-  (*linear_)(w.qkv, {normed_, hidden, tokens, qkv_, qkv_stride_, type_}, stream);
-  finish_qkv(index);
-  attend(index);
-  (*linear_)(w.o, {qkv_, q_size, tokens, projection_, hidden, FloatType::kF32}, stream);
-  normalize(w.ffn_norm, w.attn_post_norm, projection_, nullptr, tokens);
-  (*linear_)(w.gate_up, {normed_, hidden, tokens, gate_up_, 2 * ffn, type_}, stream);
-  kernels::cuda::GatedParams gate;
-  gate.x = gate_up_;
-  gate.x_stride = 2 * ffn;
-  gate.out = ffn_;
-  gate.out_stride = ffn;
-  gate.num_rows = tokens;
-  gate.n = static_cast<int32_t>(ffn);
-  gate.function = config_.activation == model::Activation::kSilu
-                      ? kernels::cuda::GateFunction::kSilu
-                      : kernels::cuda::GateFunction::kGeluTanh;
-  kernels::cuda::gated_activation(type_, type_, gate, stream);
-  (*linear_)(w.down, {ffn_, ffn, tokens, projection_, hidden, FloatType::kF32}, stream);
-}
-
-void Decoder::finish_qkv(size_t index) {
-  const DeviceLayer& w = weights_.layers()[index];
-  const model::LayerConfig& place = config_.layers[index];
-  const auto rope = static_cast<size_t>(place.rope);
-  kernels::cuda::QkvParams p;
-  p.qkv = qkv_;
-  p.stride = qkv_stride_;
-  p.bias = w.qkv_bias;
-  p.q_norm = w.q_norm;
-  p.k_norm = w.k_norm;
-  p.eps = config_.norm_eps;
-  p.cos = cos_[rope];
-  p.sin = sin_[rope];
-  p.half = static_cast<int32_t>(config_.ropes[rope].inverse_frequencies.size());
-  p.num_tokens = shape_.tokens;
-  p.num_heads = config_.num_heads;
-  p.q_type = type_;
-  p.q = q_;
-  p.q_stride = int64_t{config_.num_heads} * config_.head_dim;
-  p.kv = kv_->pages(place.slot);
-  p.slots = uploaded<int32_t>(at_.slots) + int64_t{place.group} * shape_.tokens;
-  kernels::cuda::finish_qkv(type_, p, stream_.get());
-}
-
-/// From q_ and the pages to qkv_, whose content is in both by now.
-void Decoder::attend(size_t index) {
-  const model::LayerConfig& place = config_.layers[index];
-  const auto kind = static_cast<size_t>(kind_of_layer_[index]);
-  const kernels::cuda::KvPages pages = kv_->pages(place.slot);
-  AttentionStep step;
-  step.q = q_;
-  step.out = qkv_;
-  step.q_stride = step.out_stride = int64_t{config_.num_heads} * config_.head_dim;
-  step.pool = pages.pool;
-  step.block_stride = pages.block_stride;
-  step.block_tables = uploaded<int32_t>(at_.block_tables) +
-                      int64_t{place.group} * shape_.sequences * shape_.table_width;
-  step.block_tables_stride = shape_.table_width;
-  step.positions = uploaded<int32_t>(at_.positions);
-  step.upload = uploaded<int32_t>(at_.plans[kind]);
-  kinds_[kind].attention->run(step, kinds_[kind].capacity, attention_workspace_, stream_.get());
-}
-
-void Decoder::normalize(const float* weight, const float* post_norm, const float* delta,
-                        const int32_t* rows, int32_t num_rows) {
-  kernels::cuda::AddRmsNormParams p;
-  p.residual = residual_;
-  p.residual_stride = p.delta_stride = p.out_stride = config_.hidden_size;
-  p.delta = delta;
-  p.post_norm = delta != nullptr ? post_norm : nullptr;
-  p.weight = weight;
-  p.rows = rows;
-  p.out = normed_;
-  p.num_rows = num_rows;
-  p.n = config_.hidden_size;
-  p.eps = config_.norm_eps;
-  kernels::cuda::add_rms_norm(FloatType::kF32, type_, p, stream_.get());
-}
-
-/// Logits of the rows [first, first + count) of normed_.
-void Decoder::head(int32_t first, int32_t count) {
-  const int64_t hidden = config_.hidden_size;
-  const std::byte* x = normed_ + first * hidden * float_type_bytes(type_);
-  (*linear_)(weights_.head(), {x, hidden, count, logits_, vocab_stride_, FloatType::kF32},
-             stream_.get());
-  if (config_.final_softcap > 0.f) {
-    kernels::cuda::softcap({logits_, count * vocab_stride_, config_.final_softcap}, stream_.get());
-  }
-}
-
-void Decoder::output(std::span<const sample::RowParams> sampling, bool decode) {
+/// What the step has computed, on its way to the caller; a step that is not recorded has its output
+/// head here, some rows at a time.
+void Decoder::output(bool decode) {
   if (num_rows_ == 0) return;
-  if (outputs_.hidden != nullptr) {  // projection_ has served
-    const int64_t count = int64_t{num_rows_} * config_.hidden_size;
-    kernels::cuda::convert(type_, FloatType::kF32, {normed_, projection_, count}, stream_.get());
-    copy_to_host(outputs_.hidden, projection_, static_cast<size_t>(count) * sizeof(float),
-                 stream_.get());
+  if (outputs_.hidden != nullptr) {
+    const auto bytes = sizeof(float) * static_cast<size_t>(config_.hidden_size);
+    copy_to_host(outputs_.hidden, forward_.hidden(num_rows_),
+                 bytes * static_cast<size_t>(num_rows_), stream_.get());
   }
-  if (sampling.empty() && outputs_.logits == nullptr) return;
+  if (!shape_.samples && outputs_.logits == nullptr) return;
   for (int32_t first = 0; first < num_rows_; first += head_rows_) {
     const int32_t count = std::min(head_rows_, num_rows_ - first);
-    if (!decode) head(first, count);  // a decode step has done it
+    if (!decode) {
+      forward_.head(first, count);
+      if (shape_.samples) {
+        sampler_.count(first, count, stream_);
+        sampler_.choose(forward_.logits(), first, count, stream_);
+      }
+    }
     if (outputs_.logits != nullptr) {
       copy_rows_to_host(outputs_.logits + int64_t{first} * config_.vocab_size, config_.vocab_size,
-                        logits_, vocab_stride_, count, stream_.get());
+                        forward_.logits(), forward_.vocab_stride(), count, stream_.get());
     }
-    if (!sampling.empty()) sampler_->run(logits_, first, count, stream_);
+    if (shape_.samples) sampler_.fetch(first, count, stream_);
   }
 }
 

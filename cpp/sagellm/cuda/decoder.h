@@ -6,12 +6,8 @@
 // shapes, and their launches are recorded when a shape comes a second time, then replayed as a
 // graph.
 //
-//   embedding, tables of the rotation
-//   per layer: residual + norm | QKV | bias, q/k norm, rotation, KV write | attention | output
-//              residual + norm | gate and up | activation | down
-//   residual + norm of the rows that need logits | output head | sampling
-//
-// The residual stream is f32; activations have the type of the weights, bf16 or f16.
+// forward.h has the launches of the model, layer_attention.h the plans of its attention, sampler.h
+// the choice of tokens.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +17,9 @@
 #include <unordered_map>
 #include <vector>
 
-#include "sagellm/cuda/attention.h"
+#include "sagellm/cuda/forward.h"
 #include "sagellm/cuda/kv_pool.h"
+#include "sagellm/cuda/layer_attention.h"
 #include "sagellm/cuda/linear.h"
 #include "sagellm/cuda/memory.h"
 #include "sagellm/cuda/probe.h"
@@ -77,7 +74,8 @@ class Decoder {
   const model::ModelConfig& config() const { return config_; }
   const DeviceWeights& weights() const { return weights_; }
   kernels::cuda::KvType kv_type() const { return kv_type_; }
-  const std::string& matmul() const { return matmul_; }
+  /// What multiplies: a library, or own kernels.
+  std::string matmul() const;
   /// Bytes of the device that nobody has taken yet.
   size_t free_bytes() const;
   size_t kv_bytes() const { return kv_ ? kv_->bytes() : 0; }
@@ -88,41 +86,22 @@ class Decoder {
   double launch_seconds() const { return launch_seconds_; }
 
  private:
-  /// Layers with the same window and the same block tables share a plan.
-  struct LayerKind {
-    int32_t window = 0;
-    int32_t group = 0;
-    std::unique_ptr<PagedAttention> attention;
-    AttentionCapacity capacity;  // of the present step
-  };
   struct ShapeHash {
     size_t operator()(const StepShape& shape) const;
   };
 
   void drain() noexcept;
   void check_supported() const;
-  void allocate_workspace();
-  void make_layer_kinds(int32_t block_size);
+  KvPoolOptions pool_options(int64_t num_blocks, int32_t block_size) const;
   bool is_decode(const model::ForwardBatch& batch) const;
+  void reserve_upload(size_t bytes);
   void prepare(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
                bool decode);
   void write_inputs(const model::ForwardBatch& batch);
-  void reserve_upload(size_t bytes);
-  void forward();
+  void find_arrays();
   void run_recorded();
-  void embed();
-  void layer(size_t index);
-  void finish_qkv(size_t index);
-  void attend(size_t index);
-  void normalize(const float* weight, const float* post_norm, const float* delta,
-                 const int32_t* rows, int32_t num_rows);
-  void head(int32_t first, int32_t count);
-  void output(std::span<const sample::RowParams> sampling, bool decode);
+  void output(bool decode);
 
-  template <typename T>
-  T* uploaded(size_t offset) const {
-    return reinterpret_cast<T*>(upload_.data() + offset);
-  }
   template <typename T>
   T* pinned(size_t offset) const {
     return reinterpret_cast<T*>(pinned_.data() + offset);
@@ -133,33 +112,14 @@ class Decoder {
   const DeviceInfo device_;
   Stream stream_;
   DeviceWeights weights_;
-  const kernels::cuda::FloatType type_;
   const kernels::cuda::KvType kv_type_;
-  std::string matmul_;
-  std::unique_ptr<Linear> linear_;
+  const int32_t head_rows_;  // logit rows per pass over the output head
+  std::shared_ptr<const CublasLt> library_;
+  Linear linear_;
+  ForwardPass forward_;
+  Sampler sampler_;
   std::unique_ptr<KvPool> kv_;
-  std::unique_ptr<Sampler> sampler_;
-
-  std::vector<LayerKind> kinds_;
-  std::vector<int32_t> kind_of_layer_;
-  AttentionWorkspace attention_workspace_;
-
-  // Workspace, rows of tokens.
-  DeviceBuffer workspace_;
-  float* residual_ = nullptr;
-  float* projection_ = nullptr;
-  std::byte* normed_ = nullptr;
-  std::byte* qkv_ = nullptr;  // later the output of attention
-  std::byte* q_ = nullptr;
-  std::byte* gate_up_ = nullptr;
-  std::byte* ffn_ = nullptr;
-  float* logits_ = nullptr;
-  int64_t qkv_stride_;
-  int64_t vocab_stride_;
-  int32_t head_rows_;  // logit rows per pass over the output head
-  DeviceBuffer rope_frequencies_;
-  std::vector<size_t> rope_offset_;  // in rope_frequencies_, doubles
-  std::vector<float*> cos_, sin_;    // one pair per rope
+  std::unique_ptr<LayerAttention> attention_;
 
   // The present step.
   std::vector<int32_t> query_starts_;
@@ -167,6 +127,7 @@ class Decoder {
   DeviceBuffer upload_;
   StepShape shape_;
   StepLayout at_;
+  StepArrays arrays_;
   size_t upload_bytes_ = 0;  // at_, then the sampling rows
   StepOutputs outputs_;
   int32_t num_rows_ = 0;  // logit rows of the caller

@@ -6,29 +6,25 @@
 
 namespace sagellm::cuda {
 
-DeviceBuffer::DeviceBuffer(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
+std::byte* allocate_device(size_t bytes) {
   void* pointer = nullptr;
+  if (bytes == 0) return nullptr;
   const cudaError_t error = cudaMalloc(&pointer, bytes);
   if (error != cudaSuccess) check(error, ("cudaMalloc of " + std::to_string(bytes)).c_str());
-  data_ = static_cast<std::byte*>(pointer);
+  return static_cast<std::byte*>(pointer);
 }
 
-DeviceBuffer::~DeviceBuffer() {
-  if (data_ != nullptr) (void)cudaFree(data_);  // fails only when an earlier call has failed
-}
-
-PinnedBuffer::PinnedBuffer(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
+std::byte* allocate_pinned(size_t bytes) {
   void* pointer = nullptr;
+  if (bytes == 0) return nullptr;
   const cudaError_t error = cudaHostAlloc(&pointer, bytes, cudaHostAllocDefault);
   if (error != cudaSuccess) check(error, ("cudaHostAlloc of " + std::to_string(bytes)).c_str());
-  data_ = static_cast<std::byte*>(pointer);
+  return static_cast<std::byte*>(pointer);
 }
 
-PinnedBuffer::~PinnedBuffer() {
-  if (data_ != nullptr) (void)cudaFreeHost(data_);
-}
+// Both fail only when an earlier call has failed.
+void free_device(std::byte* memory) noexcept { (void)cudaFree(memory); }
+void free_pinned(std::byte* memory) noexcept { (void)cudaFreeHost(memory); }
 
 void copy_to_device(void* to, const void* from, size_t bytes, void* stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, native(stream)),

@@ -7,20 +7,28 @@
 
 namespace sagellm::cuda {
 
-/// Move-only memory of the current device, aligned to 256 bytes, with undefined content. Throws
-/// DeviceError with the size when the device refuses.
-class DeviceBuffer {
+/// Throw DeviceError with the size when the device refuses; 0 bytes are null.
+std::byte* allocate_device(size_t bytes);
+std::byte* allocate_pinned(size_t bytes);
+void free_device(std::byte* memory) noexcept;
+void free_pinned(std::byte* memory) noexcept;
+
+/// Move-only memory with undefined content.
+template <std::byte* (*Allocate)(size_t), void (*Free)(std::byte*) noexcept>
+class Buffer {
  public:
-  DeviceBuffer() = default;
-  explicit DeviceBuffer(size_t bytes);
-  DeviceBuffer(DeviceBuffer&& other) noexcept
+  Buffer() = default;
+  explicit Buffer(size_t bytes) : data_(Allocate(bytes)), bytes_(bytes) {}
+  Buffer(Buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+  Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
-  ~DeviceBuffer();
+  ~Buffer() {
+    if (data_ != nullptr) Free(data_);
+  }
 
   std::byte* data() const { return data_; }
   size_t size() const { return bytes_; }
@@ -34,31 +42,10 @@ class DeviceBuffer {
   size_t bytes_ = 0;
 };
 
-/// Move-only page-locked host memory.
-class PinnedBuffer {
- public:
-  PinnedBuffer() = default;
-  explicit PinnedBuffer(size_t bytes);
-  PinnedBuffer(PinnedBuffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  ~PinnedBuffer();
-
-  std::byte* data() const { return data_; }
-  size_t size() const { return bytes_; }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-
- private:
-  std::byte* data_ = nullptr;
-  size_t bytes_ = 0;
-};
+/// Of the current device, aligned to 256 bytes.
+using DeviceBuffer = Buffer<allocate_device, free_device>;
+/// Page-locked, of the host.
+using PinnedBuffer = Buffer<allocate_pinned, free_pinned>;
 
 /// Queue copies on `stream`. From or to pageable host memory they may wait for the device; memory
 /// must stay alive until the stream has done them.

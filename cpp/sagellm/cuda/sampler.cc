@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <memory>
 
 #include "sagellm/base/error.h"
 #include "sagellm/base/math.h"
@@ -82,17 +83,18 @@ Sampler::Sampler(int64_t vocab, int64_t logits_stride, int32_t max_rows)
                        " tokens; a CUDA device samples from at most ",
                        kernels::cuda::kMaxSamplingVocab);
   workspace_ = DeviceBuffer(kernels::cuda::sampling_workspace_bytes(max_rows, vocab_));
+  sampled_ = DeviceBuffer(static_cast<size_t>(max_rows) * sizeof(SampledToken));
 }
 
 size_t Sampler::bytes() const {
   return adjusted_.size() + counts_.size() + workspace_.size() + sampled_.size();
 }
 
-size_t Sampler::measure(std::span<const RowParams> rows, const Stream& stream) {
+size_t Sampler::measure(std::span<const RowParams> rows, int32_t padding, const Stream& stream) {
   errors_.assign(rows.size(), {});
   num_logprobs_.assign(rows.size(), -1);
   Pieces pieces;
-  pieces.take(rows.size() * sizeof(SamplingRow));
+  pieces.take((rows.size() + static_cast<size_t>(padding)) * sizeof(SamplingRow));
   int64_t adjusted = 0, counted = 0;  // most in one pass
   int64_t adjusted_now = 0, counted_now = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -111,16 +113,18 @@ size_t Sampler::measure(std::span<const RowParams> rows, const Stream& stream) {
   grow(adjusted_, adjusted * stride_ * int64_t{sizeof(float)}, stream);
   grow(counts_, counted * stride_ * int64_t{sizeof(uint32_t)}, stream);
   const size_t result_bytes = rows.size() * sizeof(SampledToken);
-  grow(sampled_, static_cast<int64_t>(result_bytes), stream);
   if (results_.size() < result_bytes) results_ = PinnedBuffer(result_bytes);
   return pieces.end();
 }
 
-void Sampler::write(std::span<const RowParams> rows, std::byte* host, std::byte* device) {
+void Sampler::write(std::span<const RowParams> rows, int32_t padding, std::byte* host,
+                    std::byte* device) {
   histories_.clear();
   rows_ = reinterpret_cast<const SamplingRow*>(device);
   Pieces pieces;
-  auto* out = reinterpret_cast<SamplingRow*>(host + pieces.take(rows.size() * sizeof(SamplingRow)));
+  const size_t num_rows = rows.size() + static_cast<size_t>(padding);
+  auto* out = reinterpret_cast<SamplingRow*>(host + pieces.take(num_rows * sizeof(SamplingRow)));
+  std::uninitialized_fill_n(out + rows.size(), padding, SamplingRow());
   const auto put = [&]<typename T>(const T* values, size_t bytes) {
     const size_t at = pieces.take(bytes);
     std::memcpy(host + at, values, bytes);
@@ -167,6 +171,12 @@ void Sampler::write(std::span<const RowParams> rows, std::byte* host, std::byte*
   }
 }
 
+void Sampler::count(int32_t first, int32_t count, const Stream& stream) const {
+  for (const History& history : histories_) {
+    if (history.row >= first && history.row < first + count) count_tokens(history, stream);
+  }
+}
+
 void Sampler::count_tokens(const History& history, const Stream& stream) const {
   fill(history.counts, 0, static_cast<size_t>(vocab_) * sizeof(uint32_t), stream.get());
   kernels::cuda::CountTokensParams p;
@@ -181,21 +191,21 @@ void Sampler::count_tokens(const History& history, const Stream& stream) const {
   if (p.num_ids > 0) kernels::cuda::count_tokens(p, stream.get());
 }
 
-void Sampler::run(const float* logits, int32_t first, int32_t count, const Stream& stream) {
-  for (const History& history : histories_) {
-    if (history.row >= first && history.row < first + count) count_tokens(history, stream);
-  }
-  auto* sampled = sampled_.as<SampledToken>() + first;
+void Sampler::choose(const float* logits, int32_t first, int32_t count,
+                     const Stream& stream) const {
   kernels::cuda::SamplingParams p;
   p.logits = logits;
   p.logits_stride = stride_;
   p.rows = rows_ + first;
-  p.out = sampled;
+  p.out = sampled_.as<SampledToken>();
   p.workspace = workspace_.data();
   p.num_rows = count;
   p.vocab = vocab_;
   kernels::cuda::sample_tokens(p, stream.get());
-  copy_to_host(results_.as<SampledToken>() + first, sampled,
+}
+
+void Sampler::fetch(int32_t first, int32_t count, const Stream& stream) const {
+  copy_to_host(results_.as<SampledToken>() + first, sampled_.data(),
                static_cast<size_t>(count) * sizeof(SampledToken), stream.get());
 }
 

@@ -1,9 +1,9 @@
 // Chooses tokens on the device: packs the rules of a step for kernels/cuda/sampling.h, and unpacks
 // what they chose.
 //
-//   measure(rows), write(host, device)   with the other metadata of the step
-//   run(logits, first, count)            for the rows in turn, `max_rows` at a time
-//   finish(results)                      when the stream has done that
+//   measure(rows), write(rows, host, device)   with the other metadata of the step
+//   count, choose, fetch                       for the rows in turn, `max_rows` at a time
+//   finish(results)                            when the stream has done that
 #pragma once
 
 #include <cstddef>
@@ -24,14 +24,21 @@ class Sampler {
   /// For rows of `vocab` logits. Throws Unsupported when the vocabulary is too large.
   Sampler(int64_t vocab, int64_t logits_stride, int32_t max_rows);
 
-  /// Bytes of the rows in the upload. A row that is invalid fails alone, in its result. Waits for
-  /// `stream` when memory must grow.
-  size_t measure(std::span<const sample::RowParams> rows, const Stream& stream);
-  /// Writes the measured rows to `host` [measured bytes], which is copied to `device` before `run`.
-  void write(std::span<const sample::RowParams> rows, std::byte* host, std::byte* device);
-  /// Queues the choice for rows [first, first + count), whose logits stand at `logits`, and the
-  /// download of its results.
-  void run(const float* logits, int32_t first, int32_t count, const Stream& stream);
+  /// Bytes of the rows in the upload, and of `padding` rows behind them whose choice nobody looks
+  /// at. A row that is invalid fails alone, in its result. Waits for `stream` when memory must
+  /// grow.
+  size_t measure(std::span<const sample::RowParams> rows, int32_t padding, const Stream& stream);
+  /// Writes the measured rows to `host` [measured bytes], which is copied to `device` before
+  /// `count`.
+  void write(std::span<const sample::RowParams> rows, int32_t padding, std::byte* host,
+             std::byte* device);
+  /// Queues what rows [first, first + count) need before they can be chosen.
+  void count(int32_t first, int32_t count, const Stream& stream) const;
+  /// Queues the choice of these rows, whose logits stand at `logits`. What it launches depends on
+  /// the arguments and on where `write` wrote, not on the rules.
+  void choose(const float* logits, int32_t first, int32_t count, const Stream& stream) const;
+  /// Queues the download of what was chosen, before the next choice.
+  void fetch(int32_t first, int32_t count, const Stream& stream) const;
   void finish(std::span<sample::Result> results) const;
 
   size_t bytes() const;
@@ -58,8 +65,8 @@ class Sampler {
   DeviceBuffer adjusted_;  // [rows of a pass that need it][stride]
   DeviceBuffer counts_;    // [rows of a pass that need it][vocab]
   DeviceBuffer workspace_;
-  DeviceBuffer sampled_;
-  PinnedBuffer results_;
+  DeviceBuffer sampled_;  // of one pass
+  PinnedBuffer results_;  // of all rows
 };
 
 }  // namespace sagellm::cuda

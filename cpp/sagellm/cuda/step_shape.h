@@ -16,6 +16,7 @@ struct StepShape {
   int32_t logit_rows = 0;
   int32_t table_width = 0;  // blocks in a row of a block table
   uint64_t wide_kinds = 0;  // bit i: attention of the i-th kind of layer needs its wide kernel
+  bool samples = false;     // tokens are chosen
   bool operator==(const StepShape&) const = default;
 };
 

@@ -1,8 +1,8 @@
 // The operations of every device of this process.
 //
-// Why this exists beside KernelTable: operations are the whole-tensor door, for tests, Python and
-// devices whose kernels take whole tensors, whereas the CPU decoder fuses phases below it and so
-// calls the kernel table itself.
+// Why this exists beside KernelTable: operations are the whole-tensor door, for tests and Python,
+// whereas the CPU decoder fuses phases below it and so calls the kernel table itself. The module
+// _cuda brings no table: its kernels take activations and weights that these parameters cannot say.
 #pragma once
 
 #include <cstddef>

@@ -81,8 +81,8 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
             ``torch:DEVICE`` (the same on any torch device).
         **options: Options of the backend: ``threads``, ``max_batch_tokens``, ``precision``,
             ``isa``, ``kv_dtype`` for ``cpu``; ``max_batch_tokens``, ``kv_dtype``,
-            ``deterministic``, ``cublas`` for ``cuda``. Options that are None are left to the
-            backend.
+            ``deterministic``, ``cublas`` for ``cuda``. ``deterministic`` says nothing new to
+            ``cpu``. Options that are None are left to the backend.
 
     Raises:
         InvalidArgumentError: An unknown device, or an option that the device does not have.
@@ -91,6 +91,7 @@ def create_runner(checkpoint: Checkpoint, device: str = "auto", **options: Any) 
     chosen = select_device(device)
     given = {name: value for name, value in options.items() if value is not None}
     if chosen == "cpu":
+        given.pop("deterministic", None)  # it is always so
         return CpuRunner(checkpoint, **given)
     name, _, rest = chosen.partition(":")
     if name == "cuda":

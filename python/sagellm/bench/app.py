@@ -73,6 +73,9 @@ def offline(
     precision: Annotated[str | None, typer.Option(help="a8 or a15.  [default: a8]")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="bf16 or int8.  [default: bf16]")] = None,
     device: Annotated[str, typer.Option(help="As for `sagellm run`.")] = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="As for `sagellm run`.")
+    ] = False,
     speculate: Annotated[
         str,
         typer.Option(help="auto, off or N, as for `sagellm run`; random prompts repeat soon."),
@@ -114,6 +117,7 @@ def offline(
             precision=precision,
             kv_dtype=kv_dtype,
             device=device,
+            deterministic=deterministic,
             speculation=parse_speculation(speculate),
         )
     offline_bench.show(result, as_json=as_json)

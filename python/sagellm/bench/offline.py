@@ -94,6 +94,7 @@ def run(
     precision: str | None,
     kv_dtype: str | None,
     device: str,
+    deterministic: bool = False,
     speculation: Speculation = "off",
 ) -> OfflineResult:
     """Loads the model, downloading it first if need be, and measures it.
@@ -116,7 +117,13 @@ def run(
     )
     try:
         engine = load_engine(
-            model, config, device=device, threads=threads, precision=precision, kv_dtype=kv_dtype
+            model,
+            config,
+            device=device,
+            threads=threads,
+            precision=precision,
+            deterministic=deterministic or None,
+            kv_dtype=kv_dtype,
         )
     except ResourceExhaustedError as error:
         raise ResourceExhaustedError(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sagellm.cli.options import (
+    Deterministic,
     Device,
     KvCacheGb,
     KvDtype,
@@ -37,6 +38,7 @@ def chat(
     precision: Precision = None,
     kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
+    deterministic: Deterministic = False,
     speculate: Speculate = "auto",
 ) -> None:
     """Talk with a model.
@@ -56,6 +58,7 @@ def chat(
         precision=precision,
         kv_dtype=kv_dtype,
         kv_cache_gb=kv_cache_gb,
+        deterministic=deterministic,
         speculate=speculate,
     ) as llm:
         if not llm.has_chat_template:

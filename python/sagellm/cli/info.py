@@ -14,6 +14,8 @@ import typer
 
 import sagellm
 from sagellm.backends import probe_devices
+from sagellm.backends.cuda import load_cuda
+from sagellm.backends.nccl import describe_nccl
 from sagellm.engine.memory import available_memory
 from sagellm.errors import DeviceUnavailableError
 from sagellm.native import load_core
@@ -71,6 +73,9 @@ def collect() -> dict[str, Any]:
     facts["devices"] = [
         {"name": d.name, "available": d.available, "reason": d.reason} for d in probe_devices()
     ]
+    nccl = _nccl()
+    if nccl is not None:
+        facts["nccl"] = nccl
     facts["memory available"] = f"{available_memory() / 2**30:.1f} GiB"
     facts["versions"] = {
         "python": platform.python_version(),
@@ -79,3 +84,15 @@ def collect() -> dict[str, Any]:
         "tokenizers": importlib.metadata.version("tokenizers"),
     }
     return facts
+
+
+def _nccl() -> str | None:
+    """What connects several NVIDIA devices, or why nothing does; None without ``_cuda``."""
+    try:
+        module = load_cuda()
+    except DeviceUnavailableError:
+        return None
+    try:
+        return describe_nccl(module)
+    except DeviceUnavailableError as error:
+        return str(error)

@@ -50,6 +50,14 @@ KvDtype = Annotated[
         help="KV cache on the CPU: bf16, or int8 in about half of the memory.  [default: bf16]",
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="No bit of an answer depends on what runs beside it, which costs speed on cuda; the "
+        "CPU is always so.",
+    ),
+]
 KvCacheGb = Annotated[
     float | None,
     typer.Option("--kv-cache-gb", help="Memory for the KV cache, in GiB.  [default: what fits]"),
@@ -74,6 +82,7 @@ def open_llm(
     precision: str | None,
     kv_dtype: str | None,
     kv_cache_gb: float | None,
+    deterministic: bool = False,
     speculate: str = "auto",
 ) -> LLM:
     """Loads a model, and downloads it first if it is known but absent."""
@@ -87,6 +96,7 @@ def open_llm(
         device=device,
         threads=threads,
         precision=precision,
+        deterministic=deterministic or None,
         kv_dtype=kv_dtype,
         kv_cache_gb=kv_cache_gb,
         speculation=speculation,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sagellm.cli.options import (
+    Deterministic,
     Device,
     KvCacheGb,
     KvDtype,
@@ -56,6 +57,7 @@ def run(
     precision: Precision = None,
     kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
+    deterministic: Deterministic = False,
     speculate: Speculate = "auto",
 ) -> None:
     """Answer one prompt, printing the text as it is made.
@@ -86,6 +88,7 @@ def run(
         precision=precision,
         kv_dtype=kv_dtype,
         kv_cache_gb=kv_cache_gb,
+        deterministic=deterministic,
         speculate=speculate,
     ) as llm:
         request = request_for(

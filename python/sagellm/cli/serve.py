@@ -8,10 +8,12 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from sagellm.checkpoint.store import resolve_model
 from sagellm.cli.options import (
+    Deterministic,
     Device,
     KvCacheGb,
     KvDtype,
@@ -80,6 +82,7 @@ def serve(
     precision: Precision = None,
     kv_dtype: KvDtype = None,
     kv_cache_gb: KvCacheGb = None,
+    deterministic: Deterministic = False,
     speculate: Speculate = "auto",
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
@@ -129,15 +132,12 @@ def serve(
     begun = time.perf_counter()
     gateway = open_gateway(
         config,
-        ModelOptions(
-            path=model if device == "mock" else _path_of(model),
-            name=_name_of(model),
-            embedding_path=None if embedding_model is None else _path_of(embedding_model),
-            embedding_name="" if embedding_model is None else _name_of(embedding_model),
-            device=device,
+        replace(
+            _models_of(model, embedding_model, device),
             threads=threads,
             precision=precision,
             kv_dtype=kv_dtype,
+            deterministic=deterministic,
             engine=engine,
             chat_template=None if chat_template is None else read_template(chat_template),
         ),
@@ -203,6 +203,17 @@ def _bytes_of(gib: float | None) -> int | None:
     if gib is not None and not 0 < gib < 1 << 20:
         raise InvalidArgumentError(f"--kv-cache-gb is {gib}; give GiB above 0")
     return None if gib is None else int(gib * GIB)
+
+
+def _models_of(model: str, embedding_model: str | None, device: str) -> ModelOptions:
+    """Finds the models, and downloads what is known but absent."""
+    return ModelOptions(
+        path=model if device == "mock" else _path_of(model),
+        name=_name_of(model),
+        embedding_path=None if embedding_model is None else _path_of(embedding_model),
+        embedding_name="" if embedding_model is None else _name_of(embedding_model),
+        device=device,
+    )
 
 
 def _path_of(model: str) -> Path:

@@ -33,7 +33,7 @@ class ModelOptions:
         name: What it is called.
         embedding_path: A second model for embeddings.
         embedding_name: What that is called.
-        device, threads, precision, kv_dtype: As for ``load_engine``.
+        device, threads, precision, kv_dtype, deterministic: As for ``load_engine``.
         engine: Knobs of the generation engine.
         chat_template: Jinja source taken instead of the generation model's own.
     """
@@ -46,6 +46,7 @@ class ModelOptions:
     threads: int | None = None
     precision: str | None = None
     kv_dtype: str | None = None
+    deterministic: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)
     chat_template: str | None = None
 
@@ -85,6 +86,7 @@ def open_gateway(config: GatewayConfig, options: ModelOptions) -> Gateway:
         device=options.device,
         threads=options.threads,
         precision=options.precision,
+        deterministic=options.deterministic or None,
         kv_dtype=options.kv_dtype,
     )
     try:

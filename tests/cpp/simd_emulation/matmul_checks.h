@@ -202,7 +202,7 @@ inline void check_matmul(const KernelTable& table, const std::vector<int>& token
   constexpr int kRowBlocks = 5;
   for (int f = 0; f < kNumPackedFormats; ++f) {
     const auto format = static_cast<PackedFormat>(f);
-    const bool quantized = format > PackedFormat::kBF16;
+    const bool quantized = format > PackedFormat::kF8;
     const bool superblocks = format >= PackedFormat::kQ4_K;
     const ActKind kind = table.act_kind[f];
     ASSERT_EQ(kind == ActKind::kI8, quantized);

@@ -194,7 +194,7 @@ def test_other_quantizations_are_refused_by_name(config: dict[str, Any], message
     ],
 )
 def test_settings_that_make_no_sense_are_corrupt(config: Any) -> None:
-    with pytest.raises(CorruptFileError, match="model/config.json"):
+    with pytest.raises(CorruptFileError, match=r"model/config.json"):
         check_quantization({"quantization_config": config}, "model")
 
 

@@ -44,9 +44,7 @@ def e4m3_decode(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.where(codes < 128, magnitude, -magnitude)
 
 
-def expand_scales(
-    scales: NDArray[np.float32], rows: int, columns: int
-) -> NDArray[np.float64]:
+def expand_scales(scales: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float64]:
     """One scale per weight, from any of the layouts."""
     if scales.size == 1:
         return np.full((rows, columns), scales.reshape(-1)[0], np.float64)
@@ -154,9 +152,7 @@ def _stored(values: NDArray[np.float32], dtype: str) -> bytes:
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[dtype]).tobytes()
 
 
-def write_safetensors(
-    path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]
-) -> None:
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
     """Writes tensors given as (dtype, shape, bytes)."""
     header, offset = {}, 0
     for name, (dtype, shape, raw) in tensors.items():

@@ -26,9 +26,9 @@ void small(const DeviceArray& x, const DeviceArray& codes, const DeviceArray& sc
   Fp8SmallLinearParams p;
   p.weights = fp8_matrix_of(codes, scales);
   p.type = float_type_of(type);
-  require<InvalidArgument>(x.shape().size() == 2 && x.shape()[1] == p.weights.k &&
-                               x.shape()[0] <= kQuantColumns,
-                           "x must have 2 axes, at most 8 rows and ", p.weights.k, " columns");
+  require<InvalidArgument>(
+      x.shape().size() == 2 && x.shape()[1] == p.weights.k && x.shape()[0] <= kQuantColumns,
+      "x must have 2 axes, at most 8 rows and ", p.weights.k, " columns");
   p.m = static_cast<int32_t>(x.shape()[0]);
   p.x = x.elements<uint16_t>("x", x.size());
   p.x_stride = p.weights.k;

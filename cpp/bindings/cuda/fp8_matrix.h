@@ -21,10 +21,10 @@ inline sagellm::kernels::cuda::Fp8Matrix fp8_matrix_of(const DeviceArray& codes,
   require<InvalidArgument>(matrix.k % kernels::kFp8Alignment == 0, "codes have ", matrix.k,
                            " columns; they must be a multiple of ", kernels::kFp8Alignment);
   const int32_t groups = (matrix.k + kernels::kFp8Group - 1) / kernels::kFp8Group;
-  require<InvalidArgument>((matrix.groups == 1 || matrix.groups == groups) &&
-                               scales.shape()[1] == matrix.n,
-                           "scales have shape [", scales.shape()[0], ", ", scales.shape()[1],
-                           "], expected [1 or ", groups, ", ", matrix.n, "]");
+  require<InvalidArgument>(
+      (matrix.groups == 1 || matrix.groups == groups) && scales.shape()[1] == matrix.n,
+      "scales have shape [", scales.shape()[0], ", ", scales.shape()[1], "], expected [1 or ",
+      groups, ", ", matrix.n, "]");
   matrix.codes = codes.elements<uint8_t>("codes", int64_t{matrix.n} * matrix.k);
   matrix.scales = scales.elements<float>("scales", int64_t{matrix.groups} * matrix.n);
   return matrix;

@@ -78,13 +78,13 @@ Decoder::Decoder(model::ModelConfig config, const HostTensors& tensors,
     library = std::make_shared<CublasLt>(options_.cublas_folders);
   }
   matmul_ = library ? "cuBLASLt " + std::to_string(library->version()) : "own kernels";
-  linear_ = std::make_unique<Linear>(LinearOptions{.type = type_,
-                                                   .deterministic = options_.deterministic,
-                                                   .max_k = weights_.max_quantized_k(),
-                                                   .max_fp8_k = weights_.max_fp8_k(),
-                                                   .fp8_tensor_cores =
-                                                       10 * device_.major + device_.minor >= 89,
-                                                   .library = std::move(library)});
+  linear_ = std::make_unique<Linear>(
+      LinearOptions{.type = type_,
+                    .deterministic = options_.deterministic,
+                    .max_k = weights_.max_quantized_k(),
+                    .max_fp8_k = weights_.max_fp8_k(),
+                    .fp8_tensor_cores = 10 * device_.major + device_.minor >= 89,
+                    .library = std::move(library)});
   allocate_workspace();
   sampler_ = std::make_unique<Sampler>(config_.vocab_size, vocab_stride_, head_rows_);
 }

@@ -36,9 +36,8 @@ Linear::Linear(const LinearOptions& options) : options_(options) {
   }
   int64_t values_k = options.max_k;  // of weights that are written out
   if (options.max_fp8_k > 0 && options.fp8_tensor_cores) {
-    fp8_rows_ = static_cast<int32_t>(
-        std::clamp(kFp8Bytes / options.max_fp8_k / kFp8RowStep * kFp8RowStep, kFp8RowStep,
-                   kMostFp8Rows));
+    fp8_rows_ = static_cast<int32_t>(std::clamp(
+        kFp8Bytes / options.max_fp8_k / kFp8RowStep * kFp8RowStep, kFp8RowStep, kMostFp8Rows));
     fp8_x_ = DeviceBuffer(static_cast<size_t>(fp8_rows_ * options.max_fp8_k));
     fp8_x_scales_ = DeviceBuffer(static_cast<size_t>(fp8_rows_) * sizeof(float));
   } else {

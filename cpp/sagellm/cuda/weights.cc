@@ -57,12 +57,12 @@ class Loader {
       const size_t first = i;
       for (++i; i < names.size(); ++i) {
         const HostTensor& next = tensor(names[i].first, {names[i].second, k});
-        const bool is_dense = !kernels::cuda::is_device_format(next.format) &&
-                              next.format != Format::kF8_E4M3;
+        const bool is_dense =
+            !kernels::cuda::is_device_format(next.format) && next.format != Format::kF8_E4M3;
         const bool fits = part.is_quantized ? next.format == rows[0]->format &&
                                                   part.n % kernels::cuda::kTileRows == 0
-                          : part.is_fp8     ? next.format == Format::kF8_E4M3
-                                            : is_dense;
+                          : part.is_fp8 ? next.format == Format::kF8_E4M3
+                                        : is_dense;
         if (!fits) break;
         rows.push_back(&next);
         part.n += names[i].second;
@@ -131,8 +131,7 @@ class Loader {
   quant::ScaleGrid scales(const std::string& name) const {
     const HostTensor& matrix = find(tensors_, name);
     const HostTensor& from = find(tensors_, name + "_scale");
-    return {name + "_scale", from.format,     from.shape,
-            from.data,       matrix.shape[0], matrix.shape[1]};
+    return {name + "_scale", from.format, from.shape, from.data, matrix.shape[0], matrix.shape[1]};
   }
 
   const HostTensor& tensor(const std::string& name, const std::vector<int64_t>& shape) const {
@@ -184,9 +183,8 @@ class Loader {
     int64_t offset = begin;
     for (const HostTensor* from : tensors) {
       const int64_t tiles = ceil_div(from->shape[0], kernels::cuda::kTileRows);
-      jobs_.push_back({offset, tiles, tile_bytes, [this, from, k](int64_t tile, std::byte* to) {
-                         tile_row(*from, tile, k, to);
-                       }});
+      jobs_.push_back({offset, tiles, tile_bytes,
+                       [from, k](int64_t tile, std::byte* to) { tile_row(*from, tile, k, to); }});
       offset += tiles * tile_bytes;
     }
     place_.push_back({begin, [&out, index](std::byte* at) {
@@ -196,10 +194,9 @@ class Loader {
 
   /// Codes as they are stored, one matrix below the other, and their scales as fp8.h wants them.
   void fp8(std::vector<Fp8Rows> matrices, int64_t k, LinearWeights& out, size_t index) {
-    require<Unsupported>(k % kernels::cuda::kFp8Alignment == 0, "FP8 matrix '",
-                         matrices.front().name, "' has ", k,
-                         " columns; on a CUDA device they must be a multiple of ",
-                         kernels::cuda::kFp8Alignment);
+    require<Unsupported>(
+        k % kernels::cuda::kFp8Alignment == 0, "FP8 matrix '", matrices.front().name, "' has ", k,
+        " columns; on a CUDA device they must be a multiple of ", kernels::cuda::kFp8Alignment);
     WeightPart& part = out.parts[index];
     bool has_blocks = false;
     for (const Fp8Rows& matrix : matrices) has_blocks |= matrix.scales.has_blocks();
@@ -214,14 +211,14 @@ class Loader {
     int64_t offset = codes;
     for (const Fp8Rows& matrix : matrices) {
       const int64_t n = matrix.codes->shape[0];
-      jobs_.push_back({offset, n, k,
-                       [from = matrix.codes, name = matrix.name, k](int64_t row, std::byte* to) {
-                         const uint8_t* codes = stored_row(*from, row, k);
-                         require<CorruptFile>(
-                             !quant::has_nan_e4m3(codes, k), "tensor '", name,
-                             "' has weights that are NaN; download or convert the model again");
-                         std::memcpy(to, codes, static_cast<size_t>(k));
-                       }});
+      jobs_.push_back(
+          {offset, n, k, [from = matrix.codes, name = matrix.name, k](int64_t row, std::byte* to) {
+             const uint8_t* codes = stored_row(*from, row, k);
+             require<CorruptFile>(
+                 !quant::has_nan_e4m3(codes, k), "tensor '", name,
+                 "' has weights that are NaN; download or convert the model again");
+             std::memcpy(to, codes, static_cast<size_t>(k));
+           }});
       offset += n * k;
     }
     place_.push_back({codes, [&out, index](std::byte* at) {
@@ -250,30 +247,30 @@ class Loader {
     return from.data + source * bytes;
   }
 
-  void tile_row(const HostTensor& from, int64_t tile, int64_t k, std::byte* to) {
+  static void tile_row(const HostTensor& from, int64_t tile, int64_t k, std::byte* to) {
     const int64_t bytes = row_bytes(from.format, k);
     const int64_t first = tile * kernels::cuda::kTileRows;
     const int64_t count = std::min<int64_t>(kernels::cuda::kTileRows, from.shape[0] - first);
-    rows_.resize(static_cast<size_t>(count * bytes));
+    std::vector<uint8_t> rows(static_cast<size_t>(count * bytes));
     for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(rows_.data() + i * bytes, stored_row(from, first + i, bytes),
+      std::memcpy(rows.data() + i * bytes, stored_row(from, first + i, bytes),
                   static_cast<size_t>(bytes));
     }
-    kernels::cuda::repack_tile_row(from.format, k, rows_.data(), bytes, static_cast<int32_t>(count),
+    kernels::cuda::repack_tile_row(from.format, k, rows.data(), bytes, static_cast<int32_t>(count),
                                    reinterpret_cast<uint8_t*>(to));
   }
 
   /// Row `row` of the matrix, after reordering, as `type_`.
-  void dense_row(const HostTensor& from, int64_t row, int64_t k, std::byte* to) {
+  void dense_row(const HostTensor& from, int64_t row, int64_t k, std::byte* to) const {
     const uint8_t* data = stored_row(from, row, row_bytes(from.format, k));
     const Format same = type_ == FloatType::kF16 ? Format::kF16 : Format::kBF16;
     if (from.format == same) {
       std::memcpy(to, data, static_cast<size_t>(row_bytes(same, k)));
       return;
     }
-    row_.resize(static_cast<size_t>(k));
-    quant::dequantize_row(from.format, data, row_.data(), k);
-    quant::quantize_row(same, row_.data(), to, k);
+    std::vector<float> values(static_cast<size_t>(k));
+    quant::dequantize_row(from.format, data, values.data(), k);
+    quant::quantize_row(same, values.data(), to, k);
   }
 
   static void vector(const HostTensor& from, int64_t n, std::byte* to) {
@@ -291,8 +288,6 @@ class Loader {
   FloatType type_;
   std::vector<Job> jobs_;
   std::vector<std::pair<int64_t, std::function<void(std::byte*)>>> place_;
-  std::vector<float> row_;     // of dense_row
-  std::vector<uint8_t> rows_;  // of tile_row
   int64_t bytes_ = 0;
 };
 

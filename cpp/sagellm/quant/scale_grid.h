@@ -22,7 +22,8 @@ class ScaleGrid {
             const uint8_t* data, int64_t n, int64_t k);
 
   float at(int64_t row, int64_t column) const {
-    return values_[static_cast<size_t>(row / rows_ * columns_ + (blocks_ ? column / kScaleBlock : 0))];
+    return values_[static_cast<size_t>(row / rows_ * columns_ +
+                                       (blocks_ ? column / kScaleBlock : 0))];
   }
   /// Whether a row has several scales.
   bool has_blocks() const { return blocks_; }

@@ -156,8 +156,8 @@ EXPORT int cublasLtMatmulPreferenceDestroy(void* preference) {
 EXPORT int cublasLtMatmulPreferenceSetAttribute(void*, int attribute, const void*, size_t bytes) {
   return attribute == 1 && bytes == 8 ? kSuccess : kInvalidValue;
 }
-EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, void* descriptor, void* a, void* b, void*, void* d, void*,
-                                          int requested, Heuristic* results, int* returned) {
+EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, void* descriptor, void* a, void* b, void*, void* d,
+                                          void*, int requested, Heuristic* results, int* returned) {
   if (requested < 1) return kInvalidValue;
   const auto& matrix = *static_cast<Layout*>(a);
   if (matrix.type == kE4M3) {

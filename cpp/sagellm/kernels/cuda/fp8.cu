@@ -23,7 +23,8 @@ SAGE_DEVICE uint32_t widen_odd(uint32_t word) {
 template <typename T>
 inline constexpr float kShrunk = std::is_same_v<T, f16> ? 256.f : 1.f;
 
-/// A lane's share of 16 rows and 128 columns: of rows r and r + 8 the columns 64 piece + 16 c .. + 15.
+/// A lane's share of 16 rows and 128 columns: of rows r and r + 8 the columns 64 piece + 16 c ..
+/// + 15.
 struct Step {
   uint4 codes[2][2];  // [row][piece]
   float scales[2];
@@ -67,7 +68,8 @@ SAGE_DEVICE void multiply_step(float (&sums)[4], const Step& step, const T* x, b
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // Four columns: 0 and 2 in the first words of the fragments, 1 and 3 in the second.
-      const uint32_t codes[2] = {word_of(step.codes[0][piece], i), word_of(step.codes[1][piece], i)};
+      const uint32_t codes[2] = {word_of(step.codes[0][piece], i),
+                                 word_of(step.codes[1][piece], i)};
       const uint32_t a[4] = {widen_odd<T>(codes[0] << 8), widen_odd<T>(codes[1] << 8),
                              widen_odd<T>(codes[0]), widen_odd<T>(codes[1])};
       const uint32_t low = word_of(values[i / 2], i % 2 * 2);

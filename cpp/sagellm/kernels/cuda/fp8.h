@@ -7,8 +7,8 @@
 
 namespace sagellm::kernels::cuda {
 
-inline constexpr int kFp8Group = 128;    // columns with one scale where a row has several
-inline constexpr int kFp8Alignment = 16; // k is a multiple
+inline constexpr int kFp8Group = 128;     // columns with one scale where a row has several
+inline constexpr int kFp8Alignment = 16;  // k is a multiple
 
 /// Rows of codes; weight [j, l] = code * scales[(groups > 1 ? l / 128 : 0) * n + j].
 struct Fp8Matrix {
@@ -66,7 +66,7 @@ void fp8_gemm(FloatType output, const Fp8GemmParams& params, void* stream);
 /// even.
 struct Fp8DequantizeParams {
   Fp8Matrix weights;
-  void* out = nullptr;  // [num_rows][k], 16-byte aligned
+  void* out = nullptr;                    // [num_rows][k], 16-byte aligned
   FloatType out_type = FloatType::kBF16;  // kBF16 or kF16
   int32_t first_row = 0;
   int32_t num_rows = 0;

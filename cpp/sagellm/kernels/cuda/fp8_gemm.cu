@@ -7,10 +7,12 @@ namespace sagellm::kernels::cuda {
 
 namespace {
 
-// Elements are pairs of codes. Totals take registers, so the grouped tile has twice the warps.
-using ManyRows = Tile<128, 128, 32, 2, 2, 4>;
+// Elements are pairs of codes. Where the tensor cores take no FP8 from registers (9.0), codes
+// become f16 there and need registers, as do totals: warps have fewer results than those of
+// gemm.cu.
+using ManyRows = Tile<128, 128, 32, 4, 2, 4>;
 using FewRows = Tile<16, 32, 128, 1, 4, 4>;
-using GroupedManyRows = Tile<128, 128, kFp8Group / 2, 4, 2, 3>;
+using GroupedManyRows = Tile<128, 64, kFp8Group / 2, 4, 2, 4>;
 using GroupedFewRows = Tile<16, 32, kFp8Group / 2, 1, 4, 8>;
 
 SAGE_DEVICE float scale_at(const Fp8GemmParams& p, int group, int column) {
@@ -28,28 +30,27 @@ __global__ void __launch_bounds__(Shape::kThreads)
       static_cast<int>(blockIdx.y) * Shape::kColumns + warp_column + lane % 4 * 2;
   const int pairs = p.weights.k / 2;
   float totals[kRowTiles][kColumnTiles][4] = {};
-  run_stages<Shape>(
-      p.x, pairs, p.m, p.weights.codes, pairs, p.n, pairs,
-      [&](int group, const uint16_t* x, const uint16_t* weights) {
-        if constexpr (!Grouped) {
-          multiply_stage<fp8, Shape>(totals, x, weights, warp_row, warp_column);
-        } else {
-          float sums[kRowTiles][kColumnTiles][4] = {};
-          multiply_stage<fp8, Shape>(sums, x, weights, warp_row, warp_column);
+  run_stages<Shape>(p.x, pairs, p.m, p.weights.codes, pairs, p.n, pairs,
+                    [&](int group, const uint16_t* x, const uint16_t* weights) {
+                      if constexpr (!Grouped) {
+                        multiply_stage<fp8, Shape>(totals, x, weights, warp_row, warp_column);
+                      } else {
+                        float sums[kRowTiles][kColumnTiles][4] = {};
+                        multiply_stage<fp8, Shape>(sums, x, weights, warp_row, warp_column);
 #pragma unroll
-          for (int j = 0; j < kColumnTiles; ++j) {
-            const float scales[2] = {scale_at(p, group, first_column + j * 8),
-                                     scale_at(p, group, first_column + j * 8 + 1)};
+                        for (int j = 0; j < kColumnTiles; ++j) {
+                          const float scales[2] = {scale_at(p, group, first_column + j * 8),
+                                                   scale_at(p, group, first_column + j * 8 + 1)};
 #pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
+                          for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-              for (int c = 0; c < 4; ++c) {
-                totals[i][j][c] = fmaf(sums[i][j][c], scales[c % 2], totals[i][j][c]);
-              }
-            }
-          }
-        }
-      });
+                            for (int c = 0; c < 4; ++c) {
+                              totals[i][j][c] = fmaf(sums[i][j][c], scales[c % 2], totals[i][j][c]);
+                            }
+                          }
+                        }
+                      }
+                    });
 
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {

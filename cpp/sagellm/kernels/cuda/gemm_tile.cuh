@@ -1,6 +1,6 @@
-// A block's tile of a matrix product: a ring of stages in shared memory, filled by cp.async, read by
-// ldmatrix, multiplied by mma. Elements are 16 bits wide, or pairs of FP8 codes, of which ldmatrix
-// and mma make the same fragments.
+// A block's tile of a matrix product: a ring of stages in shared memory, filled by cp.async, read
+// by ldmatrix, multiplied by mma. Elements are 16 bits wide, or pairs of FP8 codes, of which
+// ldmatrix and mma make the same fragments.
 #pragma once
 
 #include "sagellm/kernels/cuda/ptx.cuh"
@@ -87,8 +87,9 @@ SAGE_DEVICE void multiply_stage(float (&sums)[Shape::kWarpRows / 16][Shape::kWar
   }
 }
 
-/// The ring: calls consume(step, stage of x, stage of weights) for every `Depth` columns of the block's tile, while the
-/// following stages are on their way. `k` and the strides count 16-bit elements, or pairs of 8-bit ones.
+/// The ring: calls consume(step, stage of x, stage of weights) for every `Depth` columns of the
+/// block's tile, while the following stages are on their way. `k` and the strides count 16-bit
+/// elements, or pairs of 8-bit ones.
 template <typename Shape, typename Consume>
 SAGE_DEVICE void run_stages(const void* x, int64_t x_stride, int m, const void* weights,
                             int64_t weights_stride, int n, int k, const Consume& consume) {

@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     for (; step < layout.steps; step += kTileWarps) {
       // The next step is on its way while this one is multiplied.
       Step<F> following = present;
-      if (step + kTileWarps < layout.steps) following = load_step<F>(tile_row, layout, step + kTileWarps);
+      if (step + kTileWarps < layout.steps)
+        following = load_step<F>(tile_row, layout, step + kTileWarps);
       multiply_step<F>(sums, present, p.x + int64_t{step} * kActivationStepBytes);
       present = following;
     }

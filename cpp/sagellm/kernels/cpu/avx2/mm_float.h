@@ -1,5 +1,5 @@
-// f32, f16, bf16 and fp8 weights x f32 activations with AVX2: one fused multiply-add chain per output,
-// ascending k (fp8: per group of 128 k, which gets its scale at the end).
+// f32, f16, bf16 and fp8 weights x f32 activations with AVX2: one fused multiply-add chain per
+// output, ascending k (fp8: per group of 128 k, which gets its scale at the end).
 #pragma once
 
 #include <immintrin.h>
@@ -108,7 +108,8 @@ void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t to
 template <PackedFormat kFormat, int kBlocks, int kTokens>
 void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token,
                 float* out) {
-  if constexpr (kFormat == PackedFormat::kF8) return tile_f8<kBlocks, kTokens>(p, w, stride, token, out);
+  if constexpr (kFormat == PackedFormat::kF8)
+    return tile_f8<kBlocks, kTokens>(p, w, stride, token, out);
   constexpr int step = kStep<kFormat>;
   __m256 acc[kBlocks][kTokens][2];
 #pragma GCC unroll 8

@@ -29,8 +29,8 @@ SAGELLM_INLINE void load_weights(const uint8_t* line, __m512 (&w)[kStep<kFormat>
     // As halves, whose exponent bias is larger by 8: the values are 256 times too small.
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
     const __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8);
-    w[0] = _mm512_cvtph_ps(
-        _mm256_andnot_si256(_mm256_set1_epi16(0x4000), _mm256_srai_epi16(high, 1)));
+    w[0] =
+        _mm512_cvtph_ps(_mm256_andnot_si256(_mm256_set1_epi16(0x4000), _mm256_srai_epi16(high, 1)));
   } else {
     const __m512i pairs = _mm512_loadu_si512(line);
     w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -95,7 +95,8 @@ void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t to
 template <PackedFormat kFormat, int kBlocks, int kTokens>
 void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token,
                 float* out) {
-  if constexpr (kFormat == PackedFormat::kF8) return tile_f8<kBlocks, kTokens>(p, w, stride, token, out);
+  if constexpr (kFormat == PackedFormat::kF8)
+    return tile_f8<kBlocks, kTokens>(p, w, stride, token, out);
   constexpr int step = kStep<kFormat>;
   __m512 acc[kBlocks][kTokens];
 #pragma GCC unroll 8

@@ -215,6 +215,9 @@ std::unique_ptr<CublasLtGemm::Plan> CublasLtGemm::make_plan(const Key& key) cons
   if (key.fp8) {
     set(kScaleModeA, int32_t{kOuterVector});
     set(kScaleModeB, int32_t{kOuterVector});
+    const void* present = workspace_.data();  // what is there decides; calls set the scales
+    set(kScalePointerA, present);
+    set(kScalePointerB, present);
   }
   const DataType input = key.fp8 ? kRealE4M3 : data_type(key.input);
   f.check(f.layout_create(&plan->weights, input, k, n, key.weights_stride), "cublasLtMatrixLayout");

@@ -60,7 +60,7 @@ def test_few_rows_agree_with_float64(
         assert relative_error(wide.numpy(), expected) < 2e-6
     narrow = cuda.empty([m, n], np.dtype(np.uint16))
     cuda.fp8_small_linear(*arrays, narrow, type=dtype)
-    rounding = 2.0**-9 if dtype == "bfloat16" else 2.0**-12
+    rounding = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
     assert relative_error(from_bits(narrow.numpy(), dtype), expected - bias) < rounding
 
 
@@ -136,7 +136,7 @@ def test_the_product_agrees_with_float64(
         wide = cuda.empty([m, n], np.dtype(np.float32))
         cuda.fp8_gemm(*arrays, wide)
         assert relative_error(wide.numpy(), expected) < 1e-6
-    for dtype, rounding in (("bfloat16", 2.0**-9), ("float16", 2.0**-12)):
+    for dtype, rounding in (("bfloat16", 2.0**-8), ("float16", 2.0**-11)):
         narrow = cuda.empty([m, n], np.dtype(np.uint16))
         cuda.fp8_gemm(*arrays, narrow, type=dtype)
         values = from_bits(narrow.numpy(), dtype)
@@ -253,7 +253,7 @@ def test_every_layout_agrees_with_the_reference(
     assert divergence(expected, few) < 1e-3
     many = chunked_logits(make_runner(checkpoint), tokens_of(24), 24, block_size=16)
     assert few.tobytes() != many.tobytes()
-    assert divergence(expected, many) < 1e-2  # activations in FP8
+    assert divergence(expected, many) < 2e-2  # activations in FP8
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "gemma3"])

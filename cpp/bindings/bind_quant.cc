@@ -59,7 +59,8 @@ Bytes quantize(const std::string& format_name, const Floats& values) {
 }
 
 std::shared_ptr<PackedMatrix> pack(const std::string& format_name, const Bytes& raw, int64_t n,
-                                   int64_t k, const std::optional<Indices>& row_map) {
+                                   int64_t k, const std::optional<Indices>& row_map,
+                                   const std::optional<Floats>& scales) {
   const Format format = sagellm::format_from_name(format_name);
   auto out = std::make_shared<PackedMatrix>(make_packed(format, n, k));
   const int64_t row = sagellm::row_bytes(format, k);
@@ -77,10 +78,18 @@ std::shared_ptr<PackedMatrix> pack(const std::string& format_name, const Bytes& 
   } else {
     require<InvalidArgument>(size / row == n, "raw holds ", size / row, " rows, expected ", n);
   }
+  std::optional<ScaleGrid> grid;
+  if (scales.has_value()) {
+    require<InvalidArgument>(format == Format::kF8_E4M3, "only F8_E4M3 rows have scales");
+    const std::vector<int64_t> shape(scales->shape(), scales->shape() + scales->ndim());
+    const auto* data = reinterpret_cast<const uint8_t*>(scales->data());
+    grid.emplace("scales", Format::kF32, shape, data, n, k);
+  }
   const uint8_t* src = raw.data();
   {
     const py::gil_scoped_release release;
-    pack_row_blocks(format, src, static_cast<size_t>(row), map, *out, 0, out->num_row_blocks());
+    pack_row_blocks(format, src, static_cast<size_t>(row), map, *out, 0, out->num_row_blocks(),
+                    grid ? &*grid : nullptr);
   }
   return out;
 }
@@ -128,7 +137,8 @@ void register_quant(py::module_& m) {
       .def("unpack_row", &unpack, "row"_a, "Float32 values of a row, bitwise those of the source.");
 
   sub.def("pack", &pack, "format"_a, "raw"_a.noconvert(), "n"_a, "k"_a,
-          py::arg("row_map").noconvert() = py::none(),
+          py::arg("row_map").noconvert() = py::none(), py::arg("scales").noconvert() = py::none(),
           "Packs rows of `format` ([rows, row bytes], uint8); packed row i is source row "
-          "row_map[i] (int64), or i.");
+          "row_map[i] (int64), or i. `scales` of F8_E4M3: float32, one, one per source row, or one "
+          "per 128 x 128 block; 1 where there are none.");
 }

@@ -22,6 +22,8 @@ from sagellm.checkpoint import expected_shapes, open_checkpoint, open_file
 from sagellm.checkpoint.tensor_file import BLOCKS
 from sagellm.errors import CorruptFileError, ModelNotFoundError, UnsupportedError
 
+GGUF_FORMATS = tuple(name for name in BLOCKS if name != "F8_E4M3")
+
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_loaded_tensors_are_the_model_in_both_kinds_of_checkpoint(
@@ -44,7 +46,7 @@ def test_loaded_tensors_are_the_model_in_both_kinds_of_checkpoint(
         assert checkpoint.tokenizer.kind == kind
 
 
-@pytest.mark.parametrize("format", BLOCKS)
+@pytest.mark.parametrize("format", GGUF_FORMATS)
 def test_every_format_loads_and_is_named(format: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_tiny_gguf(tmp_path / "tiny.gguf", "qwen3", format))
     assert checkpoint.quantization == format

@@ -19,8 +19,10 @@ from sagellm.checkpoint.safetensors_file import PySafetensorsFile
 from sagellm.checkpoint.tensor_file import BLOCKS
 from sagellm.errors import CorruptFileError, SagellmError, UnsupportedError
 
+GGUF_FORMATS = tuple(name for name in BLOCKS if name != "F8_E4M3")
 
-@pytest.mark.parametrize("format", BLOCKS)
+
+@pytest.mark.parametrize("format", GGUF_FORMATS)
 def test_dequantize_is_bitwise_the_gguf_package(format: str) -> None:
     elements, block_bytes = BLOCKS[format]
     rng = np.random.default_rng(len(format) + block_bytes)
@@ -48,7 +50,7 @@ def test_dequantize_in_several_chunks_is_the_same() -> None:
     np.testing.assert_array_equal(dequantize("Q4_1", raw.reshape(-1), values.shape), expected)
 
 
-@pytest.mark.parametrize("format", BLOCKS)
+@pytest.mark.parametrize("format", GGUF_FORMATS)
 def test_gguf_file_reads_what_the_gguf_package_reads(format: str, tmp_path: Path) -> None:
     path = make_tiny_gguf(tmp_path / "tiny.gguf", "gemma2", format)
     file, oracle = PyGgufFile(path), gguf.GGUFReader(path)

@@ -9,8 +9,8 @@ Usage::
     folder = make_tiny_hf(tmp_path / "tiny", "gemma3", dtype="BF16", shards=2)
 
 * ``arch`` is one of ``ARCHITECTURES``. Mistral is a llama with a sliding window on every layer.
-* ``format`` of a GGUF is any of ``sagellm.checkpoint.tensor_file.BLOCKS``; norms and biases stay
-F32. Super-block
+* ``format`` of a GGUF is any of ``sagellm.checkpoint.tensor_file.BLOCKS`` but FP8; norms and biases
+  stay F32. Super-block
   formats (``Q4_K``, ...) need rows of 256, so their default dimensions are larger.
 * ``dims`` override fields of ``TinyDims``.
 * The same ``arch``, ``seed`` and dims give the same F32 weights in both kinds of file, on any

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "device_array.h"
+#include "fp8_matrix.h"
 #include "sagellm/cuda/cublas_lt.h"
 #include "sagellm/kernels/cuda/gemm.h"
 
@@ -76,6 +77,14 @@ void library_gemm(Library& library, const DeviceArray& x, const DeviceArray& wei
   library.product(product.input, product.output, product.params, nullptr);
 }
 
+bool library_fp8_gemm(Library& library, const DeviceArray& x, const DeviceArray& x_scales,
+                      const DeviceArray& codes, const DeviceArray& scales, const DeviceArray& out,
+                      const std::string& type) {
+  const Fp8Product product = fp8_product_of(x, x_scales, codes, scales, out, type);
+  const py::gil_scoped_release release;
+  return library.product.fp8(product.output, product.params, nullptr);
+}
+
 }  // namespace
 
 void register_gemm(py::module_& m) {
@@ -89,5 +98,8 @@ void register_gemm(py::module_& m) {
       .def_property_readonly("path", [](const Library& l) { return l.library->path(); })
       .def_property_readonly("plans", [](const Library& l) { return l.product.plans(); })
       .def("gemm", &library_gemm, "x"_a, "weights"_a, "out"_a, "bias"_a = py::none(),
-           "type"_a = "bfloat16", "Like the function gemm, through the library.");
+           "type"_a = "bfloat16", "Like the function gemm, through the library.")
+      .def("fp8_gemm", &library_fp8_gemm, "x"_a, "x_scales"_a, "codes"_a, "scales"_a, "out"_a,
+           "type"_a = "bfloat16",
+           "Like the function fp8_gemm, through the library; False where it cannot.");
 }

@@ -59,7 +59,7 @@ std::unique_ptr<cuda::Decoder> make_decoder(const model::ModelConfig& config,
   for (const auto& [name, format, shape, bytes, heads, add_one] : sources) {
     cuda::HostTensor& tensor = tensors[name];
     tensor = {format_from_name(format), shape, bytes.data(), heads, add_one};
-    int64_t needed = shape.empty() ? 0 : row_bytes(tensor.format, shape.back());
+    int64_t needed = row_bytes(tensor.format, shape.empty() ? 1 : shape.back());
     for (size_t i = 0; i + 1 < shape.size(); ++i) needed *= shape[i];
     require<InvalidArgument>(bytes.size() == needed, "tensor '", name, "' has ", bytes.size(),
                              " bytes; its shape and format ask for ", needed);

@@ -13,6 +13,7 @@ constexpr std::array<FormatInfo, kNumFormats> kInfo = {{
     {"F32", 1, 4},
     {"F16", 1, 2},
     {"BF16", 1, 2},
+    {"F8_E4M3", 1, 1},
     {"Q4_0", 32, 18},
     {"Q4_1", 32, 20},
     {"Q5_0", 32, 22},
@@ -69,6 +70,14 @@ uint16_t f32_to_bf16(float value) {
   const uint32_t u = std::bit_cast<uint32_t>(value);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+float e4m3_to_f32(uint8_t bits) {
+  const auto sign = static_cast<uint32_t>(bits & 0x80u);
+  const auto magnitude = static_cast<uint32_t>(bits & 0x7fu);
+  if (magnitude == 0x7fu) return std::bit_cast<float>(sign << 24 | 0x7fc00000u);
+  // The fields lie as in a half, whose exponent bias is larger by 8.
+  return f16_to_f32(static_cast<uint16_t>(sign << 8 | magnitude << 7)) * 256.f;
 }
 
 float f16_to_f32(uint16_t bits) {

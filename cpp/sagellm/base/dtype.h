@@ -1,4 +1,4 @@
-// Storage formats of tensors in checkpoints: plain types and GGUF block formats.
+// Storage formats of tensors in checkpoints: plain types, FP8 and GGUF block formats.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@ enum class Format : uint8_t {
   kF32,
   kF16,
   kBF16,
+  kF8_E4M3,
   kQ4_0,
   kQ4_1,
   kQ5_0,
@@ -24,11 +25,11 @@ enum class Format : uint8_t {
   kQ6_K,
   kIQ4_NL,
 };
-inline constexpr int kNumFormats = 14;
+inline constexpr int kNumFormats = 15;
 
 /// Size facts of a format: `block_bytes` bytes hold `block_elements` consecutive elements of a row.
 struct FormatInfo {
-  std::string_view name;  // GGUF spelling: "Q4_K"
+  std::string_view name;  // as GGUF or safetensors spell it: "Q4_K"
   int block_elements;
   int block_bytes;
 };
@@ -51,5 +52,9 @@ float f16_to_f32(uint16_t bits);
 uint16_t f32_to_f16(float value);
 float bf16_to_f32(uint16_t bits);
 uint16_t f32_to_bf16(float value);
+
+/// FP8 with 4 exponent and 3 fraction bits: no infinities, NaN is 0x7f and 0xff, the largest value
+/// is 448.
+float e4m3_to_f32(uint8_t bits);
 
 }  // namespace sagellm

@@ -165,6 +165,8 @@ class SafetensorsFile::Parser {
       info.format = Format::kF16;
     } else if (dtype == "BF16") {
       info.format = Format::kBF16;
+    } else if (dtype == "F8_E4M3") {
+      info.format = Format::kF8_E4M3;
     } else {
       info.unreadable = dtype.empty() ? "?" : dtype;
     }

@@ -14,16 +14,21 @@ using kernels::cuda::FloatType;
 using kernels::cuda::GemmParams;
 
 // The numbers of cuBLASLt's enumerations, the same in versions 12 and 13.
-enum Status : int { kSuccess = 0 };
-enum DataType : int { kReal32 = 0, kReal16 = 2, kRealB16 = 14 };
+enum Status : int { kSuccess = 0, kNotSupported = 15 };
+enum DataType : int { kReal32 = 0, kReal16 = 2, kRealB16 = 14, kRealE4M3 = 28 };
 enum ComputeType : int { kCompute32 = 68 };
 enum DescriptorAttribute : int {
   kTransposeA = 3,
   kTransposeB = 4,
   kEpilogue = 7,
   kBiasPointer = 8,
-  kBiasType = 26
+  kScalePointerA = 17,
+  kScalePointerB = 18,
+  kBiasType = 26,
+  kScaleModeA = 31,
+  kScaleModeB = 32
 };
+enum ScaleMode : int32_t { kOuterVector = 3 };  // one float per row of the result, or column
 enum Operation : int32_t { kNone = 0, kTranspose = 1 };
 enum Epilogue : uint32_t { kBiasEpilogue = 4 };
 enum PreferenceAttribute : int { kMaxWorkspaceBytes = 1 };
@@ -41,6 +46,7 @@ struct Heuristic {
 
 constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what its documentation advises for 9.0
 constexpr size_t kOldest = 120000;
+constexpr size_t kOldestForFp8 = 120900;  // with vectors of scales
 constexpr size_t kMostPlans = 4096;
 constexpr std::array<const char*, 2> kNames{"libcublasLt.so.13", "libcublasLt.so.12"};
 
@@ -145,7 +151,7 @@ size_t CublasLtGemm::KeyHash::operator()(const Key& key) const {
        {int64_t{key.m}, int64_t{key.n}, int64_t{key.k}, key.x_stride, key.weights_stride,
         key.out_stride,
         static_cast<int64_t>(key.input) * 8 + static_cast<int64_t>(key.output) * 2 +
-            static_cast<int64_t>(key.bias)}) {
+            static_cast<int64_t>(key.bias) + static_cast<int64_t>(key.fp8) * 32}) {
     hash = (hash ^ static_cast<size_t>(part)) * 0x9e3779b97f4a7c15u;
     hash ^= hash >> 32;
   }
@@ -170,7 +176,14 @@ std::unique_ptr<CublasLtGemm::Plan> CublasLtGemm::make_plan(const Key& key) cons
     set(kEpilogue, uint32_t{kBiasEpilogue});
     set(kBiasType, int32_t{data_type(key.input)});
   }
-  const DataType input = data_type(key.input);
+  if (key.fp8) {
+    set(kScaleModeA, int32_t{kOuterVector});
+    set(kScaleModeB, int32_t{kOuterVector});
+    const void* present = workspace_.data();  // what is there decides; calls set the scales
+    set(kScalePointerA, present);
+    set(kScalePointerB, present);
+  }
+  const DataType input = key.fp8 ? kRealE4M3 : data_type(key.input);
   f.check(f.layout_create(&plan->weights, input, k, n, key.weights_stride), "cublasLtMatrixLayout");
   f.check(f.layout_create(&plan->x, input, k, m, key.x_stride), "cublasLtMatrixLayout");
   f.check(f.layout_create(&plan->out, data_type(key.output), n, m, key.out_stride),
@@ -185,28 +198,30 @@ std::unique_ptr<CublasLtGemm::Plan> CublasLtGemm::make_plan(const Key& key) cons
       "cublasLtMatmulPreferenceSetAttribute");
   Heuristic best{};
   int found = 0;
-  f.check(f.heuristic(library_->handle(), plan->descriptor, plan->weights, plan->x, plan->out,
-                      plan->out, preference, 1, &best, &found),
-          "cublasLtMatmulAlgoGetHeuristic");
+  const int status = f.heuristic(library_->handle(), plan->descriptor, plan->weights, plan->x,
+                                 plan->out, plan->out, preference, 1, &best, &found);
+  const bool none = status == kNotSupported || (status == kSuccess && found == 0);
+  if (key.fp8 && none) return nullptr;
+  f.check(status, "cublasLtMatmulAlgoGetHeuristic");
   require<DeviceError>(found > 0 && best.state == kSuccess,
                        "cuBLASLt has no algorithm for m=", key.m, " n=", key.n, " k=", key.k);
   plan->algorithm = best.algorithm;
   return plan;
 }
 
-CublasLtGemm::Plan& CublasLtGemm::plan_for(const Key& key) {
+CublasLtGemm::Plan* CublasLtGemm::plan_for(const Key& key) {
   const auto known = plans_.find(key);
-  if (known != plans_.end()) return *known->second;
+  if (known != plans_.end()) return known->second.get();
   if (plans_.size() >= kMostPlans) plans_.clear();
-  return *plans_.emplace(key, make_plan(key)).first->second;
+  return plans_.emplace(key, make_plan(key)).first->second.get();
 }
 
 void CublasLtGemm::operator()(FloatType input, FloatType output, const GemmParams& p,
                               void* stream) {
   if (p.m == 0 || p.n == 0) return;
   const CublasLtFunctions& f = library_->functions();
-  Plan& plan = plan_for({p.m, p.n, p.k, p.x_stride, p.weights_stride, p.out_stride, input, output,
-                         p.bias != nullptr});
+  Plan& plan = *plan_for({p.m, p.n, p.k, p.x_stride, p.weights_stride, p.out_stride, input, output,
+                          p.bias != nullptr});
   if (p.bias != nullptr) {
     f.check(f.descriptor_set(plan.descriptor, kBiasPointer, &p.bias, sizeof p.bias),
             "cublasLtMatmulDescSetAttribute");
@@ -217,6 +232,28 @@ void CublasLtGemm::operator()(FloatType input, FloatType output, const GemmParam
                    &zero, p.out, plan.out, p.out, plan.out, &plan.algorithm, workspace_.data(),
                    workspace_.size(), stream),
           "cublasLtMatmul");
+}
+
+bool CublasLtGemm::fp8(FloatType output, const kernels::cuda::Fp8GemmParams& p, void* stream) {
+  const kernels::cuda::Fp8Matrix& w = p.weights;
+  if (w.groups > 1 || library_->version() < kOldestForFp8) return false;
+  if (p.m == 0 || w.n == 0) return true;
+  const CublasLtFunctions& f = library_->functions();
+  Plan* plan = plan_for({p.m, w.n, w.k, w.k, w.k, p.out_stride, output, output, false, true});
+  if (plan == nullptr) return false;
+  const auto set = [&](DescriptorAttribute attribute, const float* scales) {
+    f.check(f.descriptor_set(plan->descriptor, attribute, &scales, sizeof scales),
+            "cublasLtMatmulDescSetAttribute");
+  };
+  set(kScalePointerA, w.scales);
+  set(kScalePointerB, p.x_scales);
+  const float one = 1.0f;
+  const float zero = 0.0f;
+  f.check(f.matmul(library_->handle(), plan->descriptor, &one, w.codes, plan->weights, p.x, plan->x,
+                   &zero, p.out, plan->out, p.out, plan->out, &plan->algorithm, workspace_.data(),
+                   workspace_.size(), stream),
+          "cublasLtMatmul");
+  return true;
 }
 
 }  // namespace sagellm::cuda

@@ -10,6 +10,7 @@
 
 #include "sagellm/cuda/dynamic_library.h"
 #include "sagellm/cuda/memory.h"
+#include "sagellm/kernels/cuda/fp8.h"
 #include "sagellm/kernels/cuda/gemm.h"
 
 namespace sagellm::cuda {
@@ -52,7 +53,12 @@ class CublasLtGemm {
   /// What kernels::cuda::gemm computes. Throws DeviceError when the library refuses.
   void operator()(kernels::cuda::FloatType input, kernels::cuda::FloatType output,
                   const kernels::cuda::GemmParams& params, void* stream);
-  /// Shapes whose algorithm is known.
+  /// What kernels::cuda::fp8_gemm computes, with one scale per row of weights; false, and nothing
+  /// queued, where the weights have groups or the library has no algorithm for it: version 12.9 and
+  /// compute capability 9.0 have them, for whole 16s of n and k. Throws DeviceError when it fails.
+  bool fp8(kernels::cuda::FloatType output, const kernels::cuda::Fp8GemmParams& params,
+           void* stream);
+  /// Shapes whose algorithm is known, or known not to be.
   size_t plans() const { return plans_.size(); }
 
  private:
@@ -61,6 +67,7 @@ class CublasLtGemm {
     int64_t x_stride, weights_stride, out_stride;
     kernels::cuda::FloatType input, output;
     bool bias;
+    bool fp8 = false;
     bool operator==(const Key&) const = default;
   };
   struct KeyHash {
@@ -68,8 +75,8 @@ class CublasLtGemm {
   };
   struct Plan;
 
-  Plan& plan_for(const Key& key);
-  std::unique_ptr<Plan> make_plan(const Key& key) const;
+  Plan* plan_for(const Key& key);
+  std::unique_ptr<Plan> make_plan(const Key& key) const;  // null: no algorithm for FP8
 
   std::shared_ptr<const CublasLt> library_;
   DeviceBuffer workspace_;

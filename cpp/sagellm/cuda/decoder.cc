@@ -58,6 +58,8 @@ Decoder::Decoder(model::ModelConfig config, const HostTensors& tensors,
       linear_({.type = weights_.type(),
                .deterministic = options.deterministic,
                .max_k = weights_.max_quantized_k(),
+               .max_fp8_k = weights_.max_fp8_k(),
+               .fp8_tensor_cores = 10 * device_.major + device_.minor >= 89,
                .library = library_}),
       forward_(config_, weights_, linear_, stream_, options.max_batch_tokens, head_rows_),
       sampler_(config_.vocab_size, forward_.vocab_stride(), head_rows_) {}

@@ -1,5 +1,5 @@
-// Streams host data to the device through two pinned buffers: one is filled while the other is
-// copied.
+// Streams host data to the device through two pinned buffers: one is filled, by several threads,
+// while the other is copied.
 #pragma once
 
 #include <array>
@@ -23,6 +23,7 @@ class Staging {
   Staging& operator=(const Staging&) = delete;
 
   /// Queues `num_rows` rows of `row_bytes`, made by write(row, out), to consecutive memory at `to`.
+  /// Several threads call `write`, each for rows of its own; what it throws is thrown here.
   void rows(std::byte* to, int64_t num_rows, int64_t row_bytes,
             const std::function<void(int64_t, std::byte*)>& write);
 

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <utility>
 
 #include "sagellm/base/error.h"
 #include "sagellm/base/math.h"
 #include "sagellm/cuda/staging.h"
 #include "sagellm/quant/codec.h"
+#include "sagellm/quant/scale_grid.h"
 
 namespace sagellm::cuda {
 
@@ -51,11 +53,16 @@ class Loader {
       part.first = out.n;
       part.n = names[i].second;
       part.is_quantized = kernels::cuda::is_device_format(rows[0]->format);
+      part.is_fp8 = rows[0]->format == Format::kF8_E4M3;
+      const size_t first = i;
       for (++i; i < names.size(); ++i) {
         const HostTensor& next = tensor(names[i].first, {names[i].second, k});
+        const bool is_dense =
+            !kernels::cuda::is_device_format(next.format) && next.format != Format::kF8_E4M3;
         const bool fits = part.is_quantized ? next.format == rows[0]->format &&
                                                   part.n % kernels::cuda::kTileRows == 0
-                                            : !kernels::cuda::is_device_format(next.format);
+                          : part.is_fp8 ? next.format == Format::kF8_E4M3
+                                        : is_dense;
         if (!fits) break;
         rows.push_back(&next);
         part.n += names[i].second;
@@ -64,6 +71,12 @@ class Loader {
       out.parts.push_back(part);
       if (part.is_quantized) {
         quantized(rows, k, out, out.parts.size() - 1);
+      } else if (part.is_fp8) {
+        std::vector<Fp8Rows> fp8_rows;
+        for (size_t j = 0; j < rows.size(); ++j) {
+          fp8_rows.push_back({names[first + j].first, rows[j], scales(names[first + j].first)});
+        }
+        fp8(std::move(fp8_rows), k, out, out.parts.size() - 1);
       } else {
         dense(rows, k, out, out.parts.size() - 1);
       }
@@ -75,11 +88,18 @@ class Loader {
     const int64_t begin = take(0);
     for (const auto& [name, n] : names) {
       const HostTensor& from = tensor(name, {n});
+      refuse_fp8(name, from);
       jobs_.push_back({bytes_, 1, n * int64_t{sizeof(float)},
                        [&from, n = n](int64_t, std::byte* to) { vector(from, n, to); }});
       bytes_ += n * int64_t{sizeof(float)};
     }
     place_.push_back({begin, [&out](std::byte* at) { out = reinterpret_cast<float*>(at); }});
+  }
+
+  /// Only matrices of linear layers have scales.
+  static void refuse_fp8(const std::string& name, const HostTensor& from) {
+    require<Unsupported>(from.format != Format::kF8_E4M3, "tensor '", name,
+                         "' is stored in FP8; only matrices of linear layers may be");
   }
 
   DeviceBuffer run(const Stream& stream) {
@@ -100,6 +120,19 @@ class Loader {
     int64_t row_bytes;
     std::function<void(int64_t, std::byte*)> write;
   };
+
+  /// An FP8 matrix of the checkpoint.
+  struct Fp8Rows {
+    std::string name;
+    const HostTensor* codes;
+    quant::ScaleGrid scales;
+  };
+
+  quant::ScaleGrid scales(const std::string& name) const {
+    const HostTensor& matrix = find(tensors_, name);
+    const HostTensor& from = find(tensors_, name + "_scale");
+    return {name + "_scale", from.format, from.shape, from.data, matrix.shape[0], matrix.shape[1]};
+  }
 
   const HostTensor& tensor(const std::string& name, const std::vector<int64_t>& shape) const {
     const HostTensor& found = find(tensors_, name);
@@ -150,13 +183,60 @@ class Loader {
     int64_t offset = begin;
     for (const HostTensor* from : tensors) {
       const int64_t tiles = ceil_div(from->shape[0], kernels::cuda::kTileRows);
-      jobs_.push_back({offset, tiles, tile_bytes, [this, from, k](int64_t tile, std::byte* to) {
-                         tile_row(*from, tile, k, to);
-                       }});
+      jobs_.push_back({offset, tiles, tile_bytes,
+                       [from, k](int64_t tile, std::byte* to) { tile_row(*from, tile, k, to); }});
       offset += tiles * tile_bytes;
     }
     place_.push_back({begin, [&out, index](std::byte* at) {
                         out.parts[index].quantized.data = reinterpret_cast<uint8_t*>(at);
+                      }});
+  }
+
+  /// Codes as they are stored, one matrix below the other, and their scales as fp8.h wants them.
+  void fp8(std::vector<Fp8Rows> matrices, int64_t k, LinearWeights& out, size_t index) {
+    require<Unsupported>(
+        k % kernels::cuda::kFp8Alignment == 0, "FP8 matrix '", matrices.front().name, "' has ", k,
+        " columns; on a CUDA device they must be a multiple of ", kernels::cuda::kFp8Alignment);
+    WeightPart& part = out.parts[index];
+    bool has_blocks = false;
+    for (const Fp8Rows& matrix : matrices) has_blocks |= matrix.scales.has_blocks();
+    const int64_t groups = has_blocks ? ceil_div(k, kernels::cuda::kFp8Group) : 1;
+    const int64_t scale_row_bytes = part.n * int64_t{sizeof(float)};
+    part.fp8.n = static_cast<int32_t>(part.n);
+    part.fp8.k = static_cast<int32_t>(k);
+    part.fp8.groups = static_cast<int32_t>(groups);
+    part.bytes = part.n * k + groups * scale_row_bytes;
+
+    const int64_t codes = take(part.n * k);
+    int64_t offset = codes;
+    for (const Fp8Rows& matrix : matrices) {
+      const int64_t n = matrix.codes->shape[0];
+      jobs_.push_back(
+          {offset, n, k, [from = matrix.codes, name = matrix.name, k](int64_t row, std::byte* to) {
+             const uint8_t* codes = stored_row(*from, row, k);
+             require<CorruptFile>(
+                 !quant::has_nan_e4m3(codes, k), "tensor '", name,
+                 "' has weights that are NaN; download or convert the model again");
+             std::memcpy(to, codes, static_cast<size_t>(k));
+           }});
+      offset += n * k;
+    }
+    place_.push_back({codes, [&out, index](std::byte* at) {
+                        out.parts[index].fp8.codes = reinterpret_cast<uint8_t*>(at);
+                      }});
+
+    const int64_t scales = take(groups * scale_row_bytes);
+    const auto shared = std::make_shared<const std::vector<Fp8Rows>>(std::move(matrices));
+    jobs_.push_back({scales, groups, scale_row_bytes, [shared](int64_t group, std::byte* to) {
+                       auto* at = reinterpret_cast<float*>(to);
+                       for (const Fp8Rows& matrix : *shared) {
+                         for (int64_t row = 0; row < matrix.codes->shape[0]; ++row) {
+                           *at++ = matrix.scales.at(row, group * kernels::cuda::kFp8Group);
+                         }
+                       }
+                     }});
+    place_.push_back({scales, [&out, index](std::byte* at) {
+                        out.parts[index].fp8.scales = reinterpret_cast<float*>(at);
                       }});
   }
 
@@ -167,30 +247,30 @@ class Loader {
     return from.data + source * bytes;
   }
 
-  void tile_row(const HostTensor& from, int64_t tile, int64_t k, std::byte* to) {
+  static void tile_row(const HostTensor& from, int64_t tile, int64_t k, std::byte* to) {
     const int64_t bytes = row_bytes(from.format, k);
     const int64_t first = tile * kernels::cuda::kTileRows;
     const int64_t count = std::min<int64_t>(kernels::cuda::kTileRows, from.shape[0] - first);
-    rows_.resize(static_cast<size_t>(count * bytes));
+    std::vector<uint8_t> rows(static_cast<size_t>(count * bytes));
     for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(rows_.data() + i * bytes, stored_row(from, first + i, bytes),
+      std::memcpy(rows.data() + i * bytes, stored_row(from, first + i, bytes),
                   static_cast<size_t>(bytes));
     }
-    kernels::cuda::repack_tile_row(from.format, k, rows_.data(), bytes, static_cast<int32_t>(count),
+    kernels::cuda::repack_tile_row(from.format, k, rows.data(), bytes, static_cast<int32_t>(count),
                                    reinterpret_cast<uint8_t*>(to));
   }
 
   /// Row `row` of the matrix, after reordering, as `type_`.
-  void dense_row(const HostTensor& from, int64_t row, int64_t k, std::byte* to) {
+  void dense_row(const HostTensor& from, int64_t row, int64_t k, std::byte* to) const {
     const uint8_t* data = stored_row(from, row, row_bytes(from.format, k));
     const Format same = type_ == FloatType::kF16 ? Format::kF16 : Format::kBF16;
     if (from.format == same) {
       std::memcpy(to, data, static_cast<size_t>(row_bytes(same, k)));
       return;
     }
-    row_.resize(static_cast<size_t>(k));
-    quant::dequantize_row(from.format, data, row_.data(), k);
-    quant::quantize_row(same, row_.data(), to, k);
+    std::vector<float> values(static_cast<size_t>(k));
+    quant::dequantize_row(from.format, data, values.data(), k);
+    quant::quantize_row(same, values.data(), to, k);
   }
 
   static void vector(const HostTensor& from, int64_t n, std::byte* to) {
@@ -208,13 +288,13 @@ class Loader {
   FloatType type_;
   std::vector<Job> jobs_;
   std::vector<std::pair<int64_t, std::function<void(std::byte*)>>> place_;
-  std::vector<float> row_;     // of dense_row
-  std::vector<uint8_t> rows_;  // of tile_row
   int64_t bytes_ = 0;
 };
 
 FloatType type_of(const HostTensors& tensors) {
-  return find(tensors, "layers.0.q").format == Format::kF16 ? FloatType::kF16 : FloatType::kBF16;
+  Format format = find(tensors, "layers.0.q").format;
+  if (format == Format::kF8_E4M3) format = find(tensors, "embed").format;  // what is not quantized
+  return format == Format::kF16 ? FloatType::kF16 : FloatType::kBF16;
 }
 
 }  // namespace
@@ -251,6 +331,7 @@ DeviceWeights::DeviceWeights(const model::ModelConfig& config, const HostTensors
     loader.matrices({{at + "down", hidden}}, ffn, layer.down);
   }
   loader.vectors({{"final_norm", hidden}}, final_norm_);
+  Loader::refuse_fp8("embed", find(tensors, "embed"));
   loader.matrices({{config.tie_embeddings ? "embed" : "lm_head", config.vocab_size}}, hidden,
                   head_);
   if (!config.tie_embeddings) loader.matrices({{"embed", config.vocab_size}}, hidden, embedding_);
@@ -260,6 +341,7 @@ DeviceWeights::DeviceWeights(const model::ModelConfig& config, const HostTensors
     for (const WeightPart& part : w.parts) {
       bytes_per_token_ += static_cast<size_t>(part.bytes);
       if (part.is_quantized) max_quantized_k_ = std::max(max_quantized_k_, w.k);
+      if (part.is_fp8) max_fp8_k_ = std::max(max_fp8_k_, w.k);
     }
   };
   for (const DeviceLayer& layer : layers_) {

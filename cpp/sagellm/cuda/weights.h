@@ -11,6 +11,7 @@
 #include "sagellm/cuda/memory.h"
 #include "sagellm/cuda/stream.h"
 #include "sagellm/kernels/cuda/float_type.h"
+#include "sagellm/kernels/cuda/fp8.h"
 #include "sagellm/kernels/cuda/quantized.h"
 #include "sagellm/model/config.h"
 
@@ -25,17 +26,19 @@ struct HostTensor {
   bool add_one = false;         // norm weights stored as w - 1
 };
 
-/// Canonical name ("layers.3.q") -> tensor.
+/// Canonical name ("layers.3.q") -> tensor; the scales of an FP8 matrix are "layers.3.q_scale".
 using HostTensors = std::map<std::string, HostTensor>;
 
-/// Rows [first, first + n) of a linear layer: rearranged for the kernels of quantized.h, or dense,
-/// row-major.
+/// Rows [first, first + n) of a linear layer: rearranged for the kernels of quantized.h, FP8 for
+/// those of fp8.h, or dense, row-major.
 struct WeightPart {
   int64_t first = 0;
   int64_t n = 0;
   bool is_quantized = false;
+  bool is_fp8 = false;
   const std::byte* dense = nullptr;
   kernels::cuda::QuantMatrix quantized;
+  kernels::cuda::Fp8Matrix fp8;
   int64_t bytes = 0;
 };
 
@@ -62,8 +65,8 @@ struct DeviceLayer {
 class DeviceWeights {
  public:
   /// Loads everything in one allocation. Formats that is_device_format() refuses are expanded to
-  /// type(). Throws CorruptFile naming the tensor, DeviceError when
-  /// memory does not suffice.
+  /// type(). Throws CorruptFile or Unsupported naming the tensor, DeviceError when memory does not
+  /// suffice.
   DeviceWeights(const model::ModelConfig& config, const HostTensors& tensors, const Stream& stream);
 
   /// Of activations and dense matrices: f16 for a checkpoint in f16, else bf16.
@@ -81,6 +84,8 @@ class DeviceWeights {
   size_t bytes_per_token() const { return bytes_per_token_; }
   /// Most inputs of a layer with quantized weights; 0 when all are dense.
   int64_t max_quantized_k() const { return max_quantized_k_; }
+  /// The same of FP8 weights.
+  int64_t max_fp8_k() const { return max_fp8_k_; }
 
  private:
   kernels::cuda::FloatType type_;
@@ -91,6 +96,7 @@ class DeviceWeights {
   DeviceBuffer memory_;
   size_t bytes_per_token_ = 0;
   int64_t max_quantized_k_ = 0;
+  int64_t max_fp8_k_ = 0;
 };
 
 }  // namespace sagellm::cuda

@@ -16,9 +16,10 @@ namespace sagellm::kernels {
 // (quantized), so a vector lane is an output row. The same bytes serve GEMV and GEMM.
 //
 //   kF32   [k][16] float           kF16  [k][16] half          kBF16 [ceil(k/2)][16][2] bfloat16
-//   quantized: units of 32 k. Nibble byte [j*64 + r*4 + i], j = 0..3: low nibble is (row r, k =
-//   4j+i), high nibble is (row r, k = 16+4j+i). High-bit byte [r*4 + i]: bit j is bit 4 of (row r,
-//   k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with each format.
+//   kF8    per 128 k (the last group may be shorter): scale[16] float, code [k][16] e4m3; code *
+//   scale quantized: units of 32 k. Nibble byte [j*64 + r*4 + i], j = 0..3: low nibble is (row r, k
+//   = 4j+i), high nibble is (row r, k = 16+4j+i). High-bit byte [r*4 + i]: bit j is bit 4 of (row
+//   r, k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with each format.
 //
 //   kQ4_0  nib[256] d[16]h                              d*(q-8)                        288 bytes
 //   kQ4_1  nib[256] d[16]h m[16]h                       d*q+m                          320
@@ -36,6 +37,7 @@ enum class PackedFormat : uint8_t {
   kF32,
   kF16,
   kBF16,
+  kF8,
   kQ4_0,
   kQ4_1,
   kQ5_0,
@@ -45,9 +47,10 @@ enum class PackedFormat : uint8_t {
   kQ5_K,
   kQ6_K
 };
-inline constexpr int kNumPackedFormats = 11;
+inline constexpr int kNumPackedFormats = 12;
 inline constexpr int kRowBlock = 16;  // output rows per packed block
 inline constexpr int kUnit = 32;      // k per quantized unit and per activation block
+inline constexpr int kF8Group = 128;  // k per scale of a kF8 row
 
 /// Bytes of one row block of `k` columns.
 constexpr size_t packed_row_block_bytes(PackedFormat format, int64_t k) {
@@ -58,6 +61,8 @@ constexpr size_t packed_row_block_bytes(PackedFormat format, int64_t k) {
       return static_cast<size_t>(k) * 32;
     case PackedFormat::kBF16:
       return static_cast<size_t>((k + 1) / 2) * 64;
+    case PackedFormat::kF8:
+      return static_cast<size_t>((k + kF8Group - 1) / kF8Group * 64 + k * 16);
     case PackedFormat::kQ4_0:
       return static_cast<size_t>(k / 32) * 288;
     case PackedFormat::kQ4_1:
@@ -96,8 +101,8 @@ struct Activations {
 
 /// out[t*out_stride + n] = sum_k W[n, k] * x[t, k] for the row blocks [row_block_begin,
 /// row_block_end). The additions of one output happen in ascending block order in one chain,
-/// whatever num_tokens is: results are bitwise independent of batch size and of how row blocks are
-/// split among threads.
+/// whatever num_tokens is (kF8: a chain over each group of 128 k, in a chain over the groups):
+/// results are bitwise independent of batch size and of how row blocks are split among threads.
 struct MatmulParams {
   PackedFormat format = PackedFormat::kF32;
   const void* weights = nullptr;  // row block 0, 64-byte aligned

@@ -1,12 +1,15 @@
 #include "sagellm/model/weights.h"
 
 #include <algorithm>
+#include <atomic>
+#include <optional>
 #include <span>
 
 #include "sagellm/base/dtype.h"
 #include "sagellm/base/error.h"
 #include "sagellm/base/math.h"
 #include "sagellm/quant/codec.h"
+#include "sagellm/quant/scale_grid.h"
 
 namespace sagellm::model {
 
@@ -47,6 +50,7 @@ class Loader {
   std::vector<float> vector(const std::string& name, int64_t n) const {
     const checkpoint::TensorInfo& info = tensor(name, {n});
     const TensorSource& from = source(name);
+    refuse_fp8(info);
     std::vector<float> stored(static_cast<size_t>(n));
     quant::dequantize_row(info.format, info.data, stored.data(), n);
     if (from.unpermute_heads > 0) {
@@ -61,6 +65,12 @@ class Loader {
     return stored;
   }
 
+  /// Only matrices of linear layers have scales.
+  static void refuse_fp8(const checkpoint::TensorInfo& info) {
+    require<Unsupported>(info.format != Format::kF8_E4M3, "tensor '", info.name,
+                         "' is stored in FP8; only matrices of linear layers may be");
+  }
+
   /// Schedules `name` [n, k] to be packed into `out`, which must stay in place until `run`.
   void matrix(const std::string& name, int64_t n, int64_t k, quant::PackedMatrix& out) {
     const checkpoint::TensorInfo& info = tensor(name, {n, k});
@@ -72,7 +82,8 @@ class Loader {
     out.n = n;
     out.k = k;
     out.row_block_stride = kernels::packed_row_block_bytes(out.format, k);
-    Job job{from.file.get(), &info, &out, {}};
+    Job job{from.file.get(), &info, &out, {}, {}};
+    if (info.format == Format::kF8_E4M3) job.scales = scales(name, n, k);
     if (from.unpermute_heads > 0) job.row_map = unpermuted_rows(n, from.unpermute_heads);
     jobs_.push_back(std::move(job));
   }
@@ -91,6 +102,7 @@ class Loader {
       for (int64_t b = 0; b < blocks; b += step)
         chunks.push_back({&job, b, std::min(b + step, blocks)});
     }
+    std::atomic<const Job*> damaged{nullptr};
     runtime::WorkQueue queue(1);
     pool.run([&](int thread) {
       queue.for_each(0, thread, pool.size(), static_cast<int64_t>(chunks.size()), 1,
@@ -98,15 +110,20 @@ class Loader {
                        for (int64_t i = begin; i < end; ++i) {
                          const Chunk& chunk = chunks[static_cast<size_t>(i)];
                          const Job& job = *chunk.job;
+                         if (has_nan(job, chunk.begin, chunk.end)) damaged = &job;
                          quant::pack_row_blocks(
                              job.info->format, job.info->data,
                              static_cast<size_t>(row_bytes(job.info->format, job.out->k)),
                              std::span<const int64_t>(job.row_map), *job.out, chunk.begin,
-                             chunk.end);
+                             chunk.end, job.scales ? &*job.scales : nullptr);
                          forget_rows(job, chunk.begin, chunk.end);
                        }
                      });
     });
+    if (const Job* job = damaged) {
+      fail<CorruptFile>("tensor '", job->info->name,
+                        "' has weights that are NaN; download or convert the model again");
+    }
   }
 
  private:
@@ -115,7 +132,23 @@ class Loader {
     const checkpoint::TensorInfo* info;
     quant::PackedMatrix* out;
     std::vector<int64_t> row_map;
+    std::optional<quant::ScaleGrid> scales;  // of F8_E4M3
   };
+
+  /// The scales of the FP8 matrix `name`, whose tensor has the same name and "_scale".
+  quant::ScaleGrid scales(const std::string& name, int64_t n, int64_t k) const {
+    const TensorSource& from = source(name + "_scale");
+    const checkpoint::TensorInfo& info = from.file->tensor(from.tensor);
+    return {from.tensor, info.format, info.shape, info.data, n, k};
+  }
+
+  /// Whether FP8 rows of these blocks have a code that is no number.
+  static bool has_nan(const Job& job, int64_t block_begin, int64_t block_end) {
+    if (job.info->format != Format::kF8_E4M3) return false;
+    const int64_t begin = block_begin * kernels::kRowBlock * job.out->k;
+    const int64_t end = std::min(block_end * kernels::kRowBlock, job.out->n) * job.out->k;
+    return quant::has_nan_e4m3(job.info->data + begin, end - begin);
+  }
 
   /// All matrices share one mapping, in the order in which a step reads them, so that small ones
   /// get huge pages too.
@@ -190,6 +223,7 @@ Weights::Weights(const ModelConfig& config, const TensorSources& sources, runtim
   loader.matrix(config.tie_embeddings ? "embed" : "lm_head", config.vocab_size, hidden, head_);
   if (!config.tie_embeddings) {
     const checkpoint::TensorInfo& info = loader.tensor("embed", {config.vocab_size, hidden});
+    Loader::refuse_fp8(info);
     embedding_file_ = loader.source("embed").file;
     embedding_format_ = info.format;
     embedding_rows_ = info.data;

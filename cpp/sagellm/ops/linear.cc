@@ -10,7 +10,7 @@ namespace {
 /// Columns of a packed matrix come in multiples of this.
 constexpr int64_t column_unit(kernels::PackedFormat format) {
   using enum kernels::PackedFormat;
-  if (format == kF32 || format == kF16 || format == kBF16) return 1;
+  if (format == kF32 || format == kF16 || format == kBF16 || format == kF8) return 1;
   if (format == kQ4_K || format == kQ5_K || format == kQ6_K) return 256;
   return kernels::kUnit;
 }

@@ -136,6 +136,11 @@ void dequantize(const BlockQ6_K& b, float* y) {
   }
 }
 
+void dequantize_e4m3(const void* src, float* dst, int64_t n) {
+  const auto* codes = static_cast<const uint8_t*>(src);
+  for (int64_t i = 0; i < n; ++i) dst[i] = e4m3_to_f32(codes[i]);
+}
+
 template <typename Block, int kElements>
 void dequantize_blocks(const void* src, float* dst, int64_t n) {
   const auto* blocks = static_cast<const Block*>(src);
@@ -267,6 +272,8 @@ void dequantize_row(Format format, const void* src, float* dst, int64_t n) {
       return dequantize_halves(src, dst, n, f16_to_f32);
     case Format::kBF16:
       return dequantize_halves(src, dst, n, bf16_to_f32);
+    case Format::kF8_E4M3:
+      return dequantize_e4m3(src, dst, n);
     case Format::kQ4_0:
       return dequantize_blocks<BlockQ4_0, kBlock>(src, dst, n);
     case Format::kQ4_1:
@@ -313,6 +320,7 @@ void quantize_row(Format format, const float* src, void* dst, int64_t n) {
       return quantize_blocks<BlockQ5_1>(src, dst, n);
     case Format::kQ8_0:
       return quantize_blocks<BlockQ8_0>(src, dst, n);
+    case Format::kF8_E4M3:
     case Format::kQ2_K:
     case Format::kQ3_K:
     case Format::kQ4_K:

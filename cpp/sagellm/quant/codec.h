@@ -9,7 +9,8 @@
 namespace sagellm::quant {
 
 /// Converts `n` stored elements (a whole number of blocks, any alignment) to f32, with GGUF
-/// semantics: each product and sum rounded to f32 in the order that `formats.h` writes them. Throws
+/// semantics: each product and sum rounded to f32 in the order that `formats.h` writes them.
+/// F8_E4M3 gives the codes' values; the scales are tensors of their own (scale_grid.h). Throws
 /// InvalidArgument when `n` is not a multiple of the block.
 void dequantize_row(Format format, const void* src, float* dst, int64_t n);
 

@@ -1,5 +1,6 @@
 #include "sagellm/quant/pack.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <limits>
@@ -67,6 +68,23 @@ void pack_bf16(const Rows& rows, int64_t k, uint8_t* out) {
   }
   if (k % 2 != 0) {
     for (size_t r = 0; r < kRows; ++r) store32(out + 4 * r, load16(rows[r] + 2 * (k - 1)));
+  }
+}
+
+/// Codes, and the scales of source row source_rows[r]; -1 stands for a row that does not exist.
+void pack_f8(const Rows& rows, const std::array<int64_t, kRows>& source_rows,
+             const ScaleGrid* scales, int64_t k, uint8_t* out) {
+  for (int64_t begin = 0; begin < k; begin += kernels::kF8Group) {
+    for (size_t r = 0; r < kRows; ++r) {
+      const int64_t row = source_rows[r];
+      const float scale = row < 0 ? 0.f : scales == nullptr ? 1.f : scales->at(row, begin);
+      std::memcpy(out + 4 * r, &scale, 4);
+    }
+    out += 4 * kRows;
+    const int64_t end = std::min(begin + kernels::kF8Group, k);
+    for (int64_t i = begin; i < end; ++i, out += kRows) {
+      for (size_t r = 0; r < kRows; ++r) out[r] = rows[r][i];
+    }
   }
 }
 
@@ -266,6 +284,8 @@ void pack_block(Format source, const Rows& rows, int64_t k, uint8_t* out) {
       return pack_f16(rows, k, out);
     case Format::kBF16:
       return pack_bf16(rows, k, out);
+    case Format::kF8_E4M3:
+      break;  // pack_f8
     case Format::kQ4_0:
       return pack_small<BlockQ4_0, false, false>(rows, k, out);
     case Format::kQ4_1:
@@ -353,6 +373,16 @@ void unpack_q8_0(const uint8_t* in, int64_t k, int r, float* out) {
   }
 }
 
+void unpack_f8(const uint8_t* in, int64_t k, int r, float* out) {
+  for (int64_t begin = 0; begin < k; begin += kernels::kF8Group) {
+    float scale = 0.f;
+    std::memcpy(&scale, in + 4 * r, 4);
+    in += 4 * kRows;
+    const int64_t end = std::min(begin + kernels::kF8Group, k);
+    for (int64_t i = begin; i < end; ++i, in += kRows) out[i] = scale * e4m3_to_f32(in[r]);
+  }
+}
+
 template <bool kHigh>
 void unpack_scaled_min(const uint8_t* in, int64_t k, int r, float* out) {
   constexpr int kUnitBytes = kNibbleBytes + (kHigh ? kHighBytes : 0);
@@ -403,6 +433,8 @@ std::string_view packed_format_name(PackedFormat format) {
       return "F16";
     case PackedFormat::kBF16:
       return "BF16";
+    case PackedFormat::kF8:
+      return "F8_E4M3";
     case PackedFormat::kQ4_0:
       return "Q4_0";
     case PackedFormat::kQ4_1:
@@ -431,6 +463,8 @@ PackedFormat packed_format_of(Format source) {
       return PackedFormat::kF16;
     case Format::kBF16:
       return PackedFormat::kBF16;
+    case Format::kF8_E4M3:
+      return PackedFormat::kF8;
     case Format::kQ4_0:
       return PackedFormat::kQ4_0;
     case Format::kQ4_1:
@@ -475,7 +509,7 @@ PackedMatrix make_packed(Format source, int64_t n, int64_t k) {
 
 void pack_row_blocks(Format source, const uint8_t* src, size_t src_row_bytes,
                      std::span<const int64_t> row_map, PackedMatrix& out, int64_t block_begin,
-                     int64_t block_end) {
+                     int64_t block_end, const ScaleGrid* scales) {
   require<InvalidArgument>(packed_format_of(source) == out.format, "the matrix was not made for ",
                            format_info(source).name, " rows");
   require<InvalidArgument>(
@@ -490,18 +524,25 @@ void pack_row_blocks(Format source, const uint8_t* src, size_t src_row_bytes,
       zeros;  // stands in for the rows from n up; zero bytes mean scale 0 in every format
   for (int64_t block = block_begin; block < block_end; ++block) {
     Rows rows;
+    std::array<int64_t, kRows> source_rows;
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = block * kRows + r;
       const uint8_t*& at = rows[static_cast<size_t>(r)];
       if (row < out.n) {
         const int64_t from = row_map.empty() ? row : row_map[static_cast<size_t>(row)];
         at = src + static_cast<size_t>(from) * src_row_bytes;
+        source_rows[static_cast<size_t>(r)] = from;
       } else {
+        source_rows[static_cast<size_t>(r)] = -1;
         if (zeros.empty()) zeros.resize(least);
         at = zeros.data();
       }
     }
-    pack_block(source, rows, out.k, out.row_block(block));
+    if (source == Format::kF8_E4M3) {
+      pack_f8(rows, source_rows, scales, out.k, out.row_block(block));
+    } else {
+      pack_block(source, rows, out.k, out.row_block(block));
+    }
   }
 }
 
@@ -522,6 +563,8 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
       for (int64_t i = 0; i < k; ++i)
         out[i] = bf16_to_f32(load16(in + ((i / 2 * kRows + r) * 2 + i % 2) * 2));
       return;
+    case PackedFormat::kF8:
+      return unpack_f8(in, k, r, out);
     case PackedFormat::kQ4_0:
       return unpack_small<false, false, 8>(in, k, r, out);
     case PackedFormat::kQ4_1:

@@ -9,6 +9,7 @@
 
 #include "sagellm/base/dtype.h"
 #include "sagellm/kernels/params.h"
+#include "sagellm/quant/scale_grid.h"
 #include "sagellm/tensor/buffer.h"
 
 namespace sagellm::quant {
@@ -46,13 +47,14 @@ PackedMatrix make_packed(Format source, int64_t n, int64_t k);
 /// Fills the row blocks [block_begin, block_end) of `out`, made for `source`. Packed row i is
 /// source row row_map[i] (i when `row_map` is empty) at src + row * src_row_bytes, any alignment;
 /// rows from n up become zeros. Calls on disjoint ranges may run at the same time. The rows must
-/// exist: they are not checked here. Throws InvalidArgument when range, map or row size do not fit
-/// `out`.
+/// exist: they are not checked here. `scales` are those of an F8_E4M3 source, of the same extents;
+/// null: all are 1. Throws InvalidArgument when range, map or row size do not fit `out`.
 void pack_row_blocks(Format source, const uint8_t* src, size_t src_row_bytes,
                      std::span<const int64_t> row_map, PackedMatrix& out, int64_t block_begin,
-                     int64_t block_end);
+                     int64_t block_end, const ScaleGrid* scales = nullptr);
 
-/// Writes the f32 values of `row` to out[k]: bitwise those of `dequantize_row` on the source row.
+/// Writes the f32 values of `row` to out[k]: bitwise those of `dequantize_row` on the source row
+/// (kF8: times their scales).
 /// Throws InvalidArgument when there is no such row.
 void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sagellm.checkpoint.config import ModelConfig, RopeConfig
 from sagellm.checkpoint.files import open_file, open_weights, read_json
+from sagellm.checkpoint.fp8 import apply_scales, scale_sources, split_scales
 from sagellm.checkpoint.gguf_config import config_from_gguf, gguf_quantization, main_format
 from sagellm.checkpoint.hf_config import config_from_hf
 from sagellm.checkpoint.names import (
@@ -34,7 +35,8 @@ class Checkpoint:
         path: The GGUF file or the folder.
         config: The model's shape.
         files: Open tensor files; ``TensorSource.file`` indexes them.
-        sources: Canonical tensor name to its place and transform, every shape already checked.
+        sources: Canonical tensor name to its place and transform, every shape already checked. An
+            FP8 matrix has its scales beside it, as ``layers.3.q_scale``.
         tokenizer: Where the tokenizer comes from.
         quantization: Such as ``Q4_K_M`` or ``BF16``.
         num_parameters: Weights of the model, a tied head counted once.
@@ -55,10 +57,13 @@ class Checkpoint:
             name: A canonical name, a key of ``sources``.
 
         Returns:
-            A fresh array of the shape given by ``names.expected_shapes``.
+            A fresh array of the shape given by ``names.expected_shapes``; an FP8 matrix times its
+            scales.
         """
         source = self.sources[name]
         values = self.files[source.file].dequantize(source.tensor)
+        if name + "_scale" in self.sources:
+            values = apply_scales(values, self.load_f32(name + "_scale"))
         if source.unpermute_heads:
             values = unpermute_rope_rows(values, source.unpermute_heads)
         return values + np.float32(1) if source.add_one else values
@@ -125,11 +130,13 @@ def _open_folder(folder: Path) -> Checkpoint:
     files, found = open_weights(folder, source)
     config = config_from_hf(settings, source, has_lm_head="lm_head.weight" in found)
     _check_config(config, source)
+    weights, scales = split_scales(found)
+    sources = map_tensors(config, hf_names(config), weights, source)
     return Checkpoint(
         path=folder,
         config=config,
         files=files,
-        sources=map_tensors(config, hf_names(config), found, source),
+        sources=sources | scale_sources(files, sources, scales, source),
         tokenizer=TokenizerSource.from_folder(folder),
         quantization=main_format(files),
         num_parameters=_count_parameters(config),

@@ -64,6 +64,8 @@ def dequantize(format: str, raw: Bytes, shape: tuple[int, ...]) -> Floats:
         return raw.view("<f2").astype(np.float32).reshape(shape)
     if format == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    if format == "F8_E4M3":
+        return _E4M3_VALUES[raw].reshape(shape)
     elements, block_bytes = BLOCKS[format]
     blocks = raw.reshape(-1, block_bytes)
     out = np.empty((len(blocks), elements), np.float32)
@@ -72,6 +74,20 @@ def dequantize(format: str, raw: Bytes, shape: tuple[int, ...]) -> Floats:
     for start in range(0, len(blocks), step):
         out[start : start + step] = decode(np.asarray(blocks[start : start + step]))
     return out.reshape(shape)
+
+
+def _e4m3_values() -> Floats:
+    """The value of every FP8 code: sign, 4 exponent bits (bias 7), 3 fraction bits, no infinity."""
+    codes = np.arange(256)
+    exponent, fraction = codes >> 3 & 15, codes & 7
+    magnitude = np.where(
+        exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10.0)
+    )
+    magnitude[codes & 0x7F == 0x7F] = np.nan
+    return np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+
+
+_E4M3_VALUES = _e4m3_values()
 
 
 def _half(blocks: Bytes, at: int) -> Floats:

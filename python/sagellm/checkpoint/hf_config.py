@@ -8,6 +8,7 @@ from typing import Any
 
 from sagellm.checkpoint.config import ENCODER_TYPES, ModelConfig, RopeConfig
 from sagellm.checkpoint.fields import Fields
+from sagellm.checkpoint.fp8 import check_quantization
 from sagellm.checkpoint.gguf_config import MAX_LAYERS, pattern_windows
 from sagellm.checkpoint.rope import yarn_attention_factor
 from sagellm.errors import CorruptFileError, UnsupportedError
@@ -48,6 +49,7 @@ def config_from_hf(values: Mapping[str, Any], source: str, *, has_lm_head: bool)
             f"{source}: model_type {model_type!r} is not supported; supported: "
             f"{', '.join(MODEL_TYPES)}"
         )
+    check_quantization(values, source)
     _refuse_variants(fields, model_type, source)
     architecture = MODEL_TYPES[model_type]
     gemma = architecture.startswith("gemma")
@@ -87,12 +89,6 @@ def config_from_hf(values: Mapping[str, Any], source: str, *, has_lm_head: bool)
 
 def _refuse_variants(fields: Fields, model_type: str, source: str) -> None:
     """Raises for settings that would change the arithmetic in a way that is not covered."""
-    if fields.has("quantization_config"):
-        raise UnsupportedError(
-            f"{source}: quantized Hugging Face checkpoints are not supported; use the F32, F16 or "
-            "BF16 "
-            "checkpoint or a quantized GGUF file"
-        )
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if fields.flag(key, False) and model_type != "qwen2":
             raise UnsupportedError(f"{source}: {key} is not supported for {model_type}")

@@ -17,7 +17,7 @@ from sagellm.checkpoint.tensor_file import PyTensorInfo, map_file, tensor_nbytes
 from sagellm.errors import CorruptFileError, UnsupportedError
 
 _MAX_HEADER = 100_000_000  # bytes, the limit of the format
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
 
 
 class PySafetensorsFile:
@@ -33,7 +33,7 @@ class PySafetensorsFile:
 
         Raises:
             CorruptFileError: Truncated, inconsistent or hostile content.
-            UnsupportedError: A tensor type other than F32, F16 and BF16.
+            UnsupportedError: A tensor type other than F32, F16, BF16 and F8_E4M3.
         """
         self.path = Path(path)
         self._buffer = map_file(self.path)

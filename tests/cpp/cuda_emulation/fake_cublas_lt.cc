@@ -1,6 +1,7 @@
 // A libcublasLt on the CPU for tests of its caller: the functions that sagellm calls, with the
 // meaning that cuBLAS documents (column-major, strides in elements), checking what they are given.
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,9 @@ struct Descriptor {
   uint32_t epilogue = 1;
   int32_t bias_type = -1;
   const void* bias = nullptr;
+  int32_t scale_mode_a = 0, scale_mode_b = 0;
+  const float* scales_a = nullptr;
+  const float* scales_b = nullptr;
 };
 struct Algorithm {
   uint64_t data[8];
@@ -33,8 +37,18 @@ struct Heuristic {
 
 size_t alive = 0;
 
+constexpr int kE4M3 = 28, kOuterVector = 3;
+
 float load(const void* memory, int type, uint64_t index) {
   if (type == 0) return static_cast<const float*>(memory)[index];
+  if (type == kE4M3) {
+    const int code = static_cast<const uint8_t*>(memory)[index];
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const float magnitude = exponent == 0
+                                ? std::ldexp(static_cast<float>(fraction), -9)
+                                : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
+    return code < 128 ? magnitude : -magnitude;
+  }
   const uint16_t bits = static_cast<const uint16_t*>(memory)[index];
   return type == 2 ? static_cast<float>(std::bit_cast<_Float16>(bits))
                    : std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
@@ -103,8 +117,16 @@ EXPORT int cublasLtMatmulDescSetAttribute(void* descriptor, int attribute, const
       return set(to->epilogue);
     case 8:
       return set(to->bias);
+    case 17:
+      return set(to->scales_a);
+    case 18:
+      return set(to->scales_b);
     case 26:
       return set(to->bias_type);
+    case 31:
+      return set(to->scale_mode_a);
+    case 32:
+      return set(to->scale_mode_b);
     default:
       return kInvalidValue;
   }
@@ -134,9 +156,17 @@ EXPORT int cublasLtMatmulPreferenceDestroy(void* preference) {
 EXPORT int cublasLtMatmulPreferenceSetAttribute(void*, int attribute, const void*, size_t bytes) {
   return attribute == 1 && bytes == 8 ? kSuccess : kInvalidValue;
 }
-EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, void*, void* a, void* b, void*, void* d, void*,
-                                          int requested, Heuristic* results, int* returned) {
+EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, void* descriptor, void* a, void* b, void*, void* d,
+                                          void*, int requested, Heuristic* results, int* returned) {
   if (requested < 1) return kInvalidValue;
+  const auto& matrix = *static_cast<Layout*>(a);
+  if (matrix.type == kE4M3) {
+    const auto& how = *static_cast<Descriptor*>(descriptor);
+    if (how.transpose_a != 1 || how.scale_mode_a != kOuterVector ||
+        how.scale_mode_b != kOuterVector || matrix.rows % 16 != 0 || matrix.columns % 16 != 0) {
+      return kNotSupported;
+    }
+  }
   results[0] = {};
   results[0].algorithm.data[0] =
       mark(*static_cast<Layout*>(a), *static_cast<Layout*>(b), *static_cast<Layout*>(d));
@@ -161,6 +191,8 @@ EXPORT int cublasLtMatmul(void*, void* descriptor, const void* alpha, const void
   }
   const bool biased = how.epilogue == 4;
   if (biased && (how.bias == nullptr || how.bias_type != a_layout->type)) return kInvalidValue;
+  const bool fp8 = a_layout->type == kE4M3;
+  if (fp8 && (how.scales_a == nullptr || how.scales_b == nullptr)) return kInvalidValue;
   for (uint64_t column = 0; column < d_layout->columns; ++column) {
     for (uint64_t row = 0; row < m; ++row) {
       double sum = biased ? load(how.bias, how.bias_type, row) : 0.0;
@@ -170,6 +202,7 @@ EXPORT int cublasLtMatmul(void*, void* descriptor, const void* alpha, const void
         sum += static_cast<double>(load(a, a_layout->type, at)) *
                load(b, b_layout->type, column * static_cast<uint64_t>(b_layout->stride) + i);
       }
+      if (fp8) sum *= static_cast<double>(how.scales_a[row]) * how.scales_b[column];
       store(d, d_layout->type, column * static_cast<uint64_t>(d_layout->stride) + row,
             static_cast<float>(sum));
     }

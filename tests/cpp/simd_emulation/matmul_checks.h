@@ -20,8 +20,8 @@
 namespace sagellm::kernels::testing {
 
 inline const char* format_name(PackedFormat format) {
-  constexpr const char* kNames[] = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0",
-                                    "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
+  constexpr const char* kNames[] = {"F32",  "F16",  "BF16", "F8",   "Q4_0", "Q4_1",
+                                    "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
   return kNames[static_cast<int>(format)];
 }
 
@@ -71,6 +71,16 @@ inline Aligned<uint8_t> random_weights(PackedFormat format, int64_t k, int64_t r
       const float value = static_cast<float>(rng()) / 2e9f - 1.f;
       const auto* bytes = reinterpret_cast<const uint8_t*>(&value);
       std::memcpy(w.data() + i, bytes + 4 - step, step);
+    }
+  } else if (format == PackedFormat::kF8) {
+    for (size_t i = 0; i < w.bytes(); ++i) w[i] = static_cast<uint8_t>(rng());
+    const size_t stride = packed_row_block_bytes(format, k);
+    for (size_t at = 0; at < w.bytes(); ++at) {  // scales, which begin every group of a row block
+      if (at % stride % (64 + kF8Group * 16) != 0) continue;
+      for (size_t r = 0; r < 16; ++r) {
+        const float scale = static_cast<float>(rng()) / 2e9f - 1.f;
+        std::memcpy(w.data() + at + 4 * r, &scale, 4);
+      }
     }
   } else {
     const QuantLayout layout = quant_layout(format);
@@ -202,7 +212,7 @@ inline void check_matmul(const KernelTable& table, const std::vector<int>& token
   constexpr int kRowBlocks = 5;
   for (int f = 0; f < kNumPackedFormats; ++f) {
     const auto format = static_cast<PackedFormat>(f);
-    const bool quantized = format > PackedFormat::kBF16;
+    const bool quantized = format > PackedFormat::kF8;
     const bool superblocks = format >= PackedFormat::kQ4_K;
     const ActKind kind = table.act_kind[f];
     ASSERT_EQ(kind == ActKind::kI8, quantized);

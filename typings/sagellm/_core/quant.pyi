@@ -44,12 +44,12 @@ def dequantize(format: str, raw: numpy.typing.NDArray[numpy.uint8], n: typing.Su
     """
     Float32 values of n stored elements; raw is uint8 of exactly their bytes.
     """
-def pack(format: str, raw: numpy.typing.NDArray[numpy.uint8], n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex, row_map: numpy.typing.NDArray[numpy.int64] | None = None) -> PackedMatrix:
+def pack(format: str, raw: numpy.typing.NDArray[numpy.uint8], n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex, row_map: numpy.typing.NDArray[numpy.int64] | None = None, scales: numpy.typing.NDArray[numpy.float32] | None = None) -> PackedMatrix:
     """
-    Packs rows of `format` ([rows, row bytes], uint8); packed row i is source row row_map[i] (int64), or i.
+    Packs rows of `format` ([rows, row bytes], uint8); packed row i is source row row_map[i] (int64), or i. `scales` of F8_E4M3: float32, one, one per source row, or one per 128 x 128 block; 1 where there are none.
     """
 def quantize(format: str, values: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.uint8]:
     """
     Bytes (uint8) of float32 values; the last axis becomes bytes. F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
     """
-FORMATS: tuple = ('F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K', 'IQ4_NL')
+FORMATS: tuple = ('F32', 'F16', 'BF16', 'F8_E4M3', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K', 'IQ4_NL')

@@ -63,6 +63,12 @@ SAGE_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   asm("sub.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
 }
+/// a * b of two bf16 numbers each, subnormal ones included.
+SAGE_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(0x80008000u));
+  return word;
+}
 
 // -------------------------------------------------------------------------------- approximations
 /// 2^x and log2(x) with about 22 correct bits; subnormals are flushed.
@@ -214,6 +220,13 @@ SAGE_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
     return f16_bits_to_float(static_cast<uint16_t>(word >> shift));
   };
   return pack_f16(half(a, 0) - half(b, 0), half(a, 16) - half(b, 16));
+}
+
+SAGE_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  const auto product = [a, b](uint32_t keep, int shift) {
+    return bits_to_float((a & keep) << shift) * bits_to_float((b & keep) << shift);
+  };
+  return pack_bf16(product(0xffffu, 16), product(0xffff0000u, 0));
 }
 
 template <typename T>

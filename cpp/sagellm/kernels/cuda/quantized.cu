@@ -2,14 +2,12 @@
 // what a warp holds at a time; its codes are int8 operands of mma after a shift and a mask, so that
 // up to 8 rows of x cost about as many instructions as one, and none of them limits the memory.
 #include "sagellm/kernels/cuda/quantized.h"
+#include "sagellm/kernels/cuda/small_tile.cuh"
 #include "sagellm/kernels/cuda/vector.cuh"
 
 namespace sagellm::kernels::cuda {
 
 namespace {
-
-constexpr int kWarps = 8;  // that share the columns of a tile row
-constexpr int kThreads = kWarps * kWarpSize;
 
 /// What is compiled for a format. value = d * (code - kOffset) + m.
 template <int Bits, int Offset, bool Minima, int Supers>
@@ -210,36 +208,8 @@ SAGE_DEVICE void multiply_step(float (&sums)[4], const Step<F>& step, const uint
   }
 }
 
-/// Adds the warps' sums in their order and stores the tile.
-template <typename Params>
-SAGE_DEVICE void store_tile(const float (&sums)[4], float* scratch, const Params& p, int n) {
-  const int lane = lane_id();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // [warp][row of x][row of weights]
-    const int x_row = 2 * (lane % 4) + i % 2;
-    scratch[(warp_id() * kQuantColumns + x_row) * kTileRows + lane / 4 + i / 2 * 8] = sums[i];
-  }
-  sync_block();
-  const int thread = static_cast<int>(threadIdx.x);
-  const int row = static_cast<int>(blockIdx.x) * kTileRows + thread % kTileRows;
-  if (thread >= kTileRows * kQuantColumns || thread / kTileRows >= p.m || row >= n) return;
-  float sum = scratch[thread];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) {
-    sum += scratch[warp * kTileRows * kQuantColumns + thread];
-  }
-  if (p.bias != nullptr) sum += p.bias[row];
-  const int64_t at = thread / kTileRows * p.out_stride + row;
-  if (p.out_type == FloatType::kF32) {
-    static_cast<float*>(p.out)[at] = sum;
-  } else {
-    static_cast<uint16_t*>(p.out)[at] =
-        p.out_type == FloatType::kBF16 ? float_to_bf16_bits(sum) : float_to_f16_bits(sum);
-  }
-}
-
 template <typename F>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, 2)
     quantized_linear_kernel(const __grid_constant__ QuantizedLinearParams p) {
   const QuantLayout& layout = p.weights.layout;
   const uint8_t* tile_row = p.weights.data + blockIdx.x * layout.tile_row_bytes;
@@ -247,10 +217,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   int step = warp_id();
   if (step < layout.steps) {
     Step<F> present = load_step<F>(tile_row, layout, step);
-    for (; step < layout.steps; step += kWarps) {
+    for (; step < layout.steps; step += kTileWarps) {
       // The next step is on its way while this one is multiplied.
       Step<F> following = present;
-      if (step + kWarps < layout.steps) following = load_step<F>(tile_row, layout, step + kWarps);
+      if (step + kTileWarps < layout.steps)
+        following = load_step<F>(tile_row, layout, step + kTileWarps);
       multiply_step<F>(sums, present, p.x + int64_t{step} * kActivationStepBytes);
       present = following;
     }
@@ -344,7 +315,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 constexpr int kDenseColumns = 128;  // of a warp's turn: 4 pieces of 32, lane c has 8 c .. 8 c + 7
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kTileThreads)
     small_linear_kernel(const __grid_constant__ SmallLinearParams p) {
   const int lane = lane_id();
   const int first_row = static_cast<int>(blockIdx.x) * kTileRows;
@@ -354,7 +325,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* x = static_cast<const T*>(p.x) + lane / 4 * p.x_stride;
   const bool x_valid = lane / 4 < p.m;
   float sums[4] = {};
-  for (int begin = warp_id() * kDenseColumns; begin < p.k; begin += kWarps * kDenseColumns) {
+  for (int begin = warp_id() * kDenseColumns; begin < p.k; begin += kTileWarps * kDenseColumns) {
     uint4 a[2][4], b[4];
 #pragma unroll
     for (int piece = 0; piece < 4; ++piece) {
@@ -381,8 +352,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   store_tile(sums, shared_memory<float>(), p, p.n);
 }
-
-constexpr size_t kTileScratch = sizeof(float) * kWarps * kTileRows * kQuantColumns;
 
 template <typename F>
 void launch_dequantize(const DequantizeParams& p, void* stream) {
@@ -440,7 +409,7 @@ void quantized_linear(const QuantizedLinearParams& p, void* stream) {
   if (p.m == 0) return;
   const Grid grid{static_cast<uint32_t>(p.weights.layout.tile_rows)};
   with_traits(p.weights.format, [&]<typename F>(F) {
-    launch(quantized_linear_kernel<F>, grid, kThreads, kTileScratch, stream, p);
+    launch(quantized_linear_kernel<F>, grid, kTileThreads, kTileScratch, stream, p);
   });
 }
 
@@ -459,7 +428,7 @@ void small_linear(const SmallLinearParams& p, void* stream) {
   const Grid grid{static_cast<uint32_t>((p.n + kTileRows - 1) / kTileRows)};
   const auto kernel =
       p.type == FloatType::kBF16 ? small_linear_kernel<bf16> : small_linear_kernel<f16>;
-  launch(kernel, grid, kThreads, kTileScratch, stream, p);
+  launch(kernel, grid, kTileThreads, kTileScratch, stream, p);
 }
 
 }  // namespace sagellm::kernels::cuda

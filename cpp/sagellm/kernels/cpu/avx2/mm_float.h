@@ -1,5 +1,5 @@
-// f32, f16 and bf16 weights x f32 activations with AVX2: one fused multiply-add chain per output,
-// ascending k.
+// f32, f16, bf16 and fp8 weights x f32 activations with AVX2: one fused multiply-add chain per
+// output, ascending k (fp8: per group of 128 k, which gets its scale at the end).
 #pragma once
 
 #include <immintrin.h>
@@ -28,6 +28,11 @@ SAGELLM_INLINE __m256 load_weights(const uint8_t* line, int half, int i) {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(line) + 8 * half);
   } else if constexpr (kFormat == PackedFormat::kF16) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + half));
+  } else if constexpr (kFormat == PackedFormat::kF8) {
+    // As halves, whose exponent bias is larger by 8: the values are 256 times too small.
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(line + 8 * half));
+    const __m128i high = _mm_unpacklo_epi8(_mm_setzero_si128(), codes);
+    return _mm256_cvtph_ps(_mm_andnot_si128(_mm_set1_epi16(0x4000), _mm_srai_epi16(high, 1)));
   } else {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + half);
     const __m256i odd =
@@ -57,10 +62,54 @@ SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x
   }
 }
 
+/// kF8: sums of a group of columns, then its scales.
+template <int kBlocks, int kTokens>
+void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token, float* out) {
+  __m256 acc[kBlocks][kTokens][2] = {};
+  const float* x = p.x.f32 + token * p.k;
+  for (int64_t begin = 0; begin < p.k; begin += kF8Group) {
+    const int64_t columns = p.k - begin < kF8Group ? p.k - begin : kF8Group;
+    const uint8_t* codes = w + 64;
+    __m256 sum[kBlocks][kTokens][2];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) sum[b][t][0] = sum[b][t][1] = _mm256_setzero_ps();
+    }
+    for (int64_t i = 0; i < columns; ++i) {
+      add_step<PackedFormat::kF8, 1>(codes + i * 16, stride, x + begin + i, p.k, sum);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const float* from = reinterpret_cast<const float*>(w + b * stride) + 8 * half;
+        const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(from), _mm256_set1_ps(256.f));
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          acc[b][t][half] = _mm256_fmadd_ps(sum[b][t][half], scale, acc[b][t][half]);
+        }
+      }
+    }
+    w = codes + columns * 16;
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      float* row = out + t * p.out_stride + b * kRowBlock;
+      _mm256_storeu_ps(row, acc[b][t][0]);
+      _mm256_storeu_ps(row + 8, acc[b][t][1]);
+    }
+  }
+}
+
 /// kBlocks row blocks x kTokens tokens.
 template <PackedFormat kFormat, int kBlocks, int kTokens>
 void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token,
                 float* out) {
+  if constexpr (kFormat == PackedFormat::kF8)
+    return tile_f8<kBlocks, kTokens>(p, w, stride, token, out);
   constexpr int step = kStep<kFormat>;
   __m256 acc[kBlocks][kTokens][2];
 #pragma GCC unroll 8
@@ -112,7 +161,7 @@ constexpr int kBlocksOfThree = kFormat == PackedFormat::kF32 ? 2 : 1;
 
 template <PackedFormat kFormat>
 void matmul_float(const MatmulParams& p) {
-  const int64_t stride = (p.k + kStep<kFormat> - 1) / kStep<kFormat> * kStepBytes<kFormat>;
+  const auto stride = static_cast<int64_t>(packed_row_block_bytes(kFormat, p.k));
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
   // Full tiles: activations of a chunk of tokens stay in L2 while the row blocks pass.
   constexpr int64_t kCacheBytes = 256 * 1024;

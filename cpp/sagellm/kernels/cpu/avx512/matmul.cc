@@ -17,6 +17,8 @@ void matmul_avx512(const MatmulParams& p) {
       return matmul_float<F::kF16>(p);
     case F::kBF16:
       return matmul_float<F::kBF16>(p);
+    case F::kF8:
+      return matmul_float<F::kF8>(p);
     case F::kQ4_0:
       return matmul_quantized<F::kQ4_0>(p);
     case F::kQ4_1:
@@ -38,7 +40,7 @@ void matmul_avx512(const MatmulParams& p) {
 
 void fill_matmul_avx512(KernelTable& table) {
   for (int i = 0; i < kNumPackedFormats; ++i) {
-    const bool is_float = i <= static_cast<int>(F::kBF16);
+    const bool is_float = i <= static_cast<int>(F::kF8);
     table.act_kind[i] = is_float ? ActKind::kF32 : ActKind::kI8;
   }
   table.matmul = matmul_avx512;

@@ -1,4 +1,4 @@
-// f32, f16 and bf16 weights x f32 activations with AVX-512: one fused multiply-add chain per
+// f32, f16, bf16 and fp8 weights x f32 activations with AVX-512: one fused multiply-add chain per
 // output, ascending k.
 #pragma once
 
@@ -25,6 +25,12 @@ SAGELLM_INLINE void load_weights(const uint8_t* line, __m512 (&w)[kStep<kFormat>
     w[0] = _mm512_loadu_ps(line);
   } else if constexpr (kFormat == PackedFormat::kF16) {
     w[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
+  } else if constexpr (kFormat == PackedFormat::kF8) {
+    // As halves, whose exponent bias is larger by 8: the values are 256 times too small.
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
+    const __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8);
+    w[0] =
+        _mm512_cvtph_ps(_mm256_andnot_si256(_mm256_set1_epi16(0x4000), _mm256_srai_epi16(high, 1)));
   } else {
     const __m512i pairs = _mm512_loadu_si512(line);
     w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -52,10 +58,45 @@ SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x
   }
 }
 
+/// kF8: sums of a group of columns, then its scales.
+template <int kBlocks, int kTokens>
+void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token, float* out) {
+  __m512 acc[kBlocks][kTokens] = {};
+  const float* x = p.x.f32 + token * p.k;
+  for (int64_t begin = 0; begin < p.k; begin += kF8Group) {
+    const int64_t columns = p.k - begin < kF8Group ? p.k - begin : kF8Group;
+    const uint8_t* codes = w + 64;
+    __m512 sum[kBlocks][kTokens];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) sum[b][t] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < columns; ++i) {
+      add_step<PackedFormat::kF8, 1>(codes + i * 16, stride, x + begin + i, p.k, sum);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w + b * stride), _mm512_set1_ps(256.f));
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) acc[b][t] = _mm512_fmadd_ps(sum[b][t], scale, acc[b][t]);
+    }
+    w = codes + columns * 16;
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t)
+      _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
+  }
+}
+
 /// kBlocks row blocks x kTokens tokens.
 template <PackedFormat kFormat, int kBlocks, int kTokens>
 void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token,
                 float* out) {
+  if constexpr (kFormat == PackedFormat::kF8)
+    return tile_f8<kBlocks, kTokens>(p, w, stride, token, out);
   constexpr int step = kStep<kFormat>;
   __m512 acc[kBlocks][kTokens];
 #pragma GCC unroll 8
@@ -101,7 +142,7 @@ void matmul_float(const MatmulParams& p) {
   constexpr int kFloatTile = 12;
   constexpr int64_t kCacheBytes =
       512 * 1024;  // activations that stay in L2 while the row blocks pass
-  const int64_t stride = (p.k + kStep<kFormat> - 1) / kStep<kFormat> * kStepBytes<kFormat>;
+  const auto stride = static_cast<int64_t>(packed_row_block_bytes(kFormat, p.k));
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
   const int64_t tiles = kCacheBytes / (p.k * 4 * kFloatTile);
   const int64_t chunk = (tiles > 0 ? tiles : 1) * kFloatTile;

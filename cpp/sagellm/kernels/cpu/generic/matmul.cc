@@ -159,6 +159,44 @@ void matmul_float(const MatmulParams& p) {
   }
 }
 
+/// A chain over the group with codes as halves, which are 256 times too small, then its scale.
+void matmul_f8(const MatmulParams& p) {
+  const auto stride = static_cast<int64_t>(packed_row_block_bytes(F::kF8, p.k));
+  for (int64_t rb = p.row_block_begin; rb < p.row_block_end; ++rb) {
+    for (int64_t t0 = 0; t0 < p.num_tokens; t0 += kTile) {
+      const int64_t count = p.num_tokens - t0 < kTile ? p.num_tokens - t0 : kTile;
+      const uint8_t* w = static_cast<const uint8_t*>(p.weights) + rb * stride;
+      float acc[kTile][kRowBlock] = {};
+      for (int64_t begin = 0; begin < p.k; begin += kF8Group) {
+        const int64_t end = p.k - begin < kF8Group ? p.k : begin + kF8Group;
+        float scale[kRowBlock];
+        __builtin_memcpy(scale, w, sizeof(scale));
+        w += sizeof(scale);
+        float sum[kTile][kRowBlock] = {};
+        for (int64_t k = begin; k < end; ++k, w += kRowBlock) {
+          for (int r = 0; r < kRowBlock; ++r) {
+            const uint8_t half[2] = {static_cast<uint8_t>(w[r] << 7),
+                                     static_cast<uint8_t>((w[r] & 0x80) | (w[r] >> 1 & 0x3f))};
+            const float weight = load_half(half);
+            for (int64_t t = 0; t < count; ++t) {
+              sum[t][r] = __builtin_fmaf(weight, p.x.f32[(t0 + t) * p.k + k], sum[t][r]);
+            }
+          }
+        }
+        for (int64_t t = 0; t < count; ++t) {
+          for (int r = 0; r < kRowBlock; ++r) {
+            acc[t][r] = __builtin_fmaf(sum[t][r], scale[r] * 256.f, acc[t][r]);
+          }
+        }
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        float* out = p.out + (t0 + t) * p.out_stride + rb * kRowBlock;
+        for (int r = 0; r < kRowBlock; ++r) out[r] = acc[t][r];
+      }
+    }
+  }
+}
+
 void matmul(const MatmulParams& p) {
   switch (p.format) {
     case F::kF32:
@@ -167,6 +205,8 @@ void matmul(const MatmulParams& p) {
       return matmul_float<F::kF16>(p);
     case F::kBF16:
       return matmul_float<F::kBF16>(p);
+    case F::kF8:
+      return matmul_f8(p);
     case F::kQ4_0:
       return matmul_quantized<F::kQ4_0>(p);
     case F::kQ4_1:
@@ -190,7 +230,7 @@ void matmul(const MatmulParams& p) {
 
 void fill_matmul_generic(KernelTable& table) {
   for (int i = 0; i < kNumPackedFormats; ++i) {
-    const bool is_float = i <= static_cast<int>(F::kBF16);
+    const bool is_float = i <= static_cast<int>(F::kF8);
     table.act_kind[i] = is_float ? ActKind::kF32 : ActKind::kI8;
   }
   table.matmul = matmul;

@@ -2,9 +2,8 @@
 //
 //   rows     dense                       quantized
 //   1..8     small_linear                quantized_linear
-//   9..64    cuBLASLt, or own gemm       quantized_linear, 8 rows at a time: up to here it reads
-//   fewer
-//                                        bytes than writing the values out and reading them again
+//   9..64    cuBLASLt, or own gemm       quantized_linear, 8 rows at a time: fewer bytes than
+//                                        writing the values out and reading them again
 //   more     cuBLASLt, or own gemm       dequantize, then as dense
 //
 //   rows     FP8, from 8.9 on            FP8 on older devices

@@ -16,10 +16,12 @@ namespace sagellm::kernels {
 // (quantized), so a vector lane is an output row. The same bytes serve GEMV and GEMM.
 //
 //   kF32   [k][16] float           kF16  [k][16] half          kBF16 [ceil(k/2)][16][2] bfloat16
-//   kF8    per 128 k (the last group may be shorter): scale[16] float, code [k][16] e4m3; code *
-//   scale quantized: units of 32 k. Nibble byte [j*64 + r*4 + i], j = 0..3: low nibble is (row r, k
-//   = 4j+i), high nibble is (row r, k = 16+4j+i). High-bit byte [r*4 + i]: bit j is bit 4 of (row
-//   r, k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with each format.
+//   kF8    per 128 k (the last group may be shorter): scale[16] float, code [k][16] e4m3;
+//          the value is code * scale
+//
+// Quantized: units of 32 k. Nibble byte [j*64 + r*4 + i], j = 0..3: low nibble is (row r, k =
+// 4j+i), high nibble is (row r, k = 16+4j+i). High-bit byte [r*4 + i]: bit j is bit 4 of (row r,
+// k = 4j+i), j = 0..7. Weights are unsigned codes q; the value is given with each format.
 //
 //   kQ4_0  nib[256] d[16]h                              d*(q-8)                        288 bytes
 //   kQ4_1  nib[256] d[16]h m[16]h                       d*q+m                          320

@@ -15,7 +15,7 @@ namespace {
 
 using kernels::cuda::FloatType;
 
-constexpr int32_t kRows = 70, kN = 40, kK = 272;
+constexpr int32_t kRows = 70, kDense = 8, kN = 40, kK = 272;  // kN rows of FP8 after dense ones
 
 template <typename T>
 DeviceBuffer on_device(const std::vector<T>& values) {
@@ -25,7 +25,7 @@ DeviceBuffer on_device(const std::vector<T>& values) {
   return buffer;
 }
 
-/// A layer of two parts, one of them FP8, and rows for it.
+/// A layer of two parts, the second of them FP8, and rows for it.
 class Layer {
  public:
   Layer() {
@@ -33,18 +33,22 @@ class Layer {
     std::uniform_real_distribution<float> uniform(-1.f, 1.f);
     std::vector<uint8_t> codes(kN * kK);
     std::vector<float> scales(kN);
-    std::vector<uint16_t> dense(8 * kK), x(kRows * kK);
+    std::vector<uint16_t> dense(kDense * kK), x(kRows * kK);
     for (uint8_t& code : codes) code = static_cast<uint8_t>(random() % 0x7f | (random() % 2 << 7));
     for (float& scale : scales) scale = std::exp2(4.f * uniform(random) - 10.f);
     for (uint16_t& bits : dense) bits = f32_to_bf16(uniform(random));
     for (uint16_t& bits : x) bits = f32_to_bf16(uniform(random));
     for (int row = 0; row < kRows; ++row) {
-      for (int n = 0; n < kN + 8; ++n) {
+      for (int n = 0; n < kDense + kN; ++n) {
         double sum = 0;
         for (int k = 0; k < kK; ++k) {
-          const float weight = n < kN ? e4m3_to_f32(codes[static_cast<size_t>(n * kK + k)]) *
-                                            scales[static_cast<size_t>(n)]
-                                      : bf16_to_f32(dense[static_cast<size_t>((n - kN) * kK + k)]);
+          float weight = 0;
+          if (n < kDense) {
+            weight = bf16_to_f32(dense[static_cast<size_t>(n * kK + k)]);
+          } else {
+            weight = e4m3_to_f32(codes[static_cast<size_t>((n - kDense) * kK + k)]) *
+                     scales[static_cast<size_t>(n - kDense)];
+          }
           sum += double{bf16_to_f32(x[static_cast<size_t>(row * kK + k)])} * weight;
         }
         expected_.push_back(sum);
@@ -54,22 +58,22 @@ class Layer {
     scales_ = on_device(scales);
     dense_ = on_device(dense);
     x_ = on_device(x);
+    WeightPart first;
+    first.n = kDense;
+    first.dense = dense_.data();
     WeightPart fp8;
+    fp8.first = kDense;
     fp8.n = kN;
     fp8.is_fp8 = true;
     fp8.fp8 = {codes_.as<uint8_t>(), scales_.as<float>(), kN, kK, 1};
-    WeightPart rest;
-    rest.first = kN;
-    rest.n = 8;
-    rest.dense = dense_.data();
-    weights_.parts = {fp8, rest};
-    weights_.n = kN + 8;
+    weights_.parts = {first, fp8};
+    weights_.n = kDense + kN;
     weights_.k = kK;
   }
 
   std::vector<float> run(Linear& linear, int32_t rows) const {
-    DeviceBuffer out(static_cast<size_t>(rows) * (kN + 8) * sizeof(float));
-    linear(weights_, {x_.data(), kK, rows, out.data(), kN + 8, FloatType::kF32}, nullptr);
+    DeviceBuffer out(static_cast<size_t>(rows) * (kDense + kN) * sizeof(float));
+    linear(weights_, {x_.data(), kK, rows, out.data(), kDense + kN, FloatType::kF32}, nullptr);
     std::vector<float> values(out.size() / sizeof(float));
     copy_to_host(values.data(), out.data(), out.size(), nullptr);
     synchronize(nullptr);
@@ -121,7 +125,7 @@ TEST(Fp8Linear, DeterministicRowsDoNotDependOnHowManyThereAre) {
     const std::vector<float> whole = layer.run(linear, kRows);
     for (const int32_t rows : {1, 8, 9, 65}) {
       const std::vector<float> part = layer.run(linear, rows);
-      EXPECT_EQ(part, std::vector<float>(whole.begin(), whole.begin() + rows * (kN + 8)));
+      EXPECT_EQ(part, std::vector<float>(whole.begin(), whole.begin() + rows * (kDense + kN)));
     }
   }
 }

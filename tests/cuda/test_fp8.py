@@ -265,6 +265,21 @@ def test_other_architectures_agree_with_the_reference(
     assert divergence(reference_logits(checkpoint), got) < 1e-3
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_fp8_stands_beside_dense_weights(
+    make_runner: MakeRunner, tmp_path: Path, deterministic: bool
+) -> None:
+    skip = ("q_proj.weight", "up_proj.weight", "layers.1.mlp.down_proj.weight")
+    checkpoint = tiny(tmp_path, "channel", skip=skip)
+    runner = make_runner(checkpoint, deterministic=deterministic)
+    expected = reference_logits(checkpoint)
+    assert divergence(expected, chunked_logits(runner, tokens_of(24), 24, block_size=16)) < 2e-2
+    few = chunked_logits(
+        make_runner(checkpoint, deterministic=deterministic), tokens_of(24), 8, block_size=16
+    )
+    assert divergence(expected, few) < (2e-2 if deterministic else 1e-3)
+
+
 def test_float16_checkpoints_have_float16_activations(
     make_runner: MakeRunner, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def make_fp8_hf(
     dtype: str = "BF16",
     lm_head: bool = False,
     static: bool = False,
+    skip: tuple[str, ...] = (),
     **options: Any,
 ) -> Path:
     """Writes a folder whose linear layers are FP8 and whose other tensors are 16 bits wide.
@@ -122,13 +123,15 @@ def make_fp8_hf(
         dtype: ``BF16`` or ``F16``, of what is not FP8.
         lm_head: The output head is FP8 too.
         static: With scales of activations, keys and values, which are not read.
+        skip: Endings of names that stay as they are, such as ``q_proj.weight``.
         options: Of ``make_tiny_hf``: seed, dims.
     """
     folder = make_tiny_hf(folder, arch, **options)
     source = folder / "model.safetensors"
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for name, values in load_file(source).items():
-        if not name.endswith("_proj.weight") and not (lm_head and name == "lm_head.weight"):
+        linear = name.endswith("_proj.weight") or (lm_head and name == "lm_head.weight")
+        if not linear or name.endswith(skip):
             tensors[name] = (dtype, values.shape, _stored(values, dtype))
             continue
         codes, scales = quantize(values, layout)

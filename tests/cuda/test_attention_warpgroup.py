@@ -149,6 +149,18 @@ def test_results_are_the_same_bits_in_every_order(
     assert len(set(results)) == 1
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_ring_turns_over_in_every_order(cuda: ModuleType, orders: range, head_dim: int) -> None:
+    case = warpgroup(contexts=[1300, 700], queries=[9, 20], num_kv_heads=4, head_dim=head_dim)
+    step = build(case)
+    expected = step.expected()
+    for seed in orders:
+        if len(orders) > 1:
+            cuda.set_order(seed)
+        got = from_bits(attend(cuda, step), case.dtype)
+        assert np.linalg.norm(got - expected) < 4e-3 * np.linalg.norm(expected)
+
+
 def test_a_recorded_launch_writes_what_a_direct_one_does(cuda: ModuleType) -> None:
     step = build(warpgroup(contexts=[300, 40], queries=[60, 20], group=4))
     attention = attention_of(cuda, step.case)

@@ -181,7 +181,8 @@ struct State {
   Block block;
   std::vector<std::unique_ptr<GuardedMemory>> stacks;
   std::map<const void*, std::unique_ptr<GuardedMemory>> allocations;
-  uint64_t seed = 0;
+  uint64_t seed = 0;       // 0: ascending order
+  std::mt19937_64 random;  // of this launch
   Statistics statistics;
 };
 

@@ -136,13 +136,16 @@ std::string describe_deadlock(const Block& block) {
   return out.str();
 }
 
-/// Lands boxes between turns: all in order, or by chance; at least one where nobody can go on.
-bool finish_boxes(std::mt19937_64& random, bool shuffled, bool stuck) {
+/// Lands boxes between turns: all in order; or few, in any order, so that some come very late. At
+/// least one where nobody can go on.
+bool finish_boxes(bool shuffled, bool stuck) {
   std::deque<BoxCopy>& copies = state().block.box_copies;
-  if (shuffled) std::shuffle(copies.begin(), copies.end(), random);
   size_t count = copies.size();
-  if (shuffled && count > 0) count = random() % (count + 1);
-  if (stuck && count == 0) count = std::min<size_t>(copies.size(), 1);
+  if (shuffled) {
+    std::mt19937_64& random = state().random;
+    std::shuffle(copies.begin(), copies.end(), random);
+    count = std::min<size_t>(count, stuck || random() % 32 == 0 ? 1 : 0);
+  }
   for (size_t i = 0; i < count; ++i) {
     const BoxCopy copy = copies.front();
     copies.pop_front();
@@ -164,14 +167,14 @@ void check_registers(const Block& block) {
   }
 }
 
-void run_block(std::mt19937_64& random, bool shuffled) {
+void run_block(bool shuffled) {
   Block& block = state().block;
   std::vector<Fiber*> order;
   order.reserve(block.fibers.size());
   for (Fiber& fiber : block.fibers) order.push_back(&fiber);
   for (bool progress = true; progress;) {
     progress = false;
-    if (shuffled) std::shuffle(order.begin(), order.end(), random);
+    if (shuffled) std::shuffle(order.begin(), order.end(), state().random);
     for (Fiber* fiber : order) {
       if (!fiber->runnable()) continue;
       resume(*fiber);
@@ -183,7 +186,7 @@ void run_block(std::mt19937_64& random, bool shuffled) {
     if (ended && !block.box_copies.empty()) {
       throw EmulationError("a block ended while boxes were on their way to its shared memory");
     }
-    progress = finish_boxes(random, shuffled, !progress) || progress;
+    progress = finish_boxes(shuffled, !progress) || progress;
   }
   for (const Fiber& fiber : block.fibers) {
     if (!fiber.finished) throw EmulationError(describe_deadlock(block));
@@ -232,7 +235,7 @@ void run_grid(GridSize grid, uint32_t threads, size_t shared_bytes,
   blockDim = {threads, 1, 1};
   gridDim = {grid.x, grid.y, grid.z};
   ++all.statistics.launches;
-  std::mt19937_64 random(all.seed);
+  all.random.seed(all.seed);
 
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   for (uint64_t b = 0; b < blocks; ++b) {
@@ -254,7 +257,7 @@ void run_grid(GridSize grid, uint32_t threads, size_t shared_bytes,
       start(block.fibers[t]);
     }
     shared.poison();
-    with_faults_reported([&] { run_block(random, all.seed != 0); });
+    with_faults_reported([&] { run_block(all.seed != 0); });
     block.running = nullptr;
     if (!shared.intact()) {
       fail("bytes behind shared memory of " + std::to_string(shared_bytes) + " were written");

@@ -257,6 +257,10 @@ void wgmma_commit(Place place) {
 }
 
 void wgmma_wait_groups(int pending, float* d, Place place) {
+  if (this_lane() == 0) {  // products take a while, in which others go on
+    const uint64_t turns = state().seed == 0 ? 8 : state().random() % 32;
+    for (uint64_t i = 0; i < turns; ++i) yield();
+  }
   Wait mine{pending, d, place};
   warp_operation(wait_for_products, &mine, place);
 }

@@ -267,7 +267,8 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
         const int row = row_of(i, half);
         if (row >= rows) continue;
         write_row<kDim>(
-            p_, this_item(), row, writes_output_, maximum[i][half], sum[i][half], Traits::kOutScale,
+            p_, this_item(), p_.type, row, writes_output_, maximum[i][half], sum[i][half],
+            Traits::kOutScale,
             [&](int group, int word) {
               return accumulator_pair<kType>(acc[i][2 * group], acc[i][2 * group + 1], 2 * half,
                                              word);
@@ -335,7 +336,7 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[j] *= factor;
       if (writes_output_) {
-        write_output(p_, token, head, dim, values);
+        write_output(p_, p_.type, token, head, dim, values);
       } else {
         float4* to = reinterpret_cast<float4*>(p_.accumulators + state * p_.kv.head_dim + dim);
         to[0] = float4{values[0], values[1], values[2], values[3]};

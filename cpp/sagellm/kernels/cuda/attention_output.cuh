@@ -31,15 +31,15 @@ SAGE_DEVICE int64_t state_row(const AttentionParams& p, const AttentionItem& ite
 }
 
 template <int kCount>
-SAGE_DEVICE void write_output(const AttentionParams& p, int token, int head, int dim,
-                              const float (&values)[kCount]) {
+SAGE_DEVICE void write_output(const AttentionParams& p, FloatType type, int token, int head,
+                              int dim, const float (&values)[kCount]) {
   uint16_t* to =
       static_cast<uint16_t*>(p.out) + token * p.out_stride + int64_t{head} * p.kv.head_dim + dim;
   uint32_t words[kCount / 2];
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) {
-    words[i] = p.type == FloatType::kBF16 ? pack_bf16(values[2 * i], values[2 * i + 1])
-                                          : pack_f16(values[2 * i], values[2 * i + 1]);
+    words[i] = type == FloatType::kBF16 ? pack_bf16(values[2 * i], values[2 * i + 1])
+                                        : pack_f16(values[2 * i], values[2 * i + 1]);
   }
   if constexpr (kCount == 2) {
     *reinterpret_cast<uint32_t*>(to) = words[0];
@@ -51,11 +51,11 @@ SAGE_DEVICE void write_output(const AttentionParams& p, int token, int head, int
   }
 }
 
-/// The output of one row from its lanes: `pair(group, word)` gives two neighbouring numbers and
-/// `dim(group, word)` their place, for groups of 16 dimensions.
+/// Writes one row, of its four lanes: `pair(group, word)` gives two neighbouring numbers and
+/// `dim_of(group, word)` their place, for groups of 16 dimensions. `type` is p.type.
 template <int kDim, typename Pair, typename Dim>
-SAGE_DEVICE void write_row(const AttentionParams& p, const AttentionItem& item, int row,
-                           bool to_output, float maximum, float sum, float out_scale,
+SAGE_DEVICE void write_row(const AttentionParams& p, const AttentionItem& item, FloatType type,
+                           int row, bool to_output, float maximum, float sum, float out_scale,
                            const Pair& pair, const Dim& dim_of) {
   const int token = token_of_row(p, item, row);
   const int head = head_of_row(p, item, row);
@@ -65,21 +65,28 @@ SAGE_DEVICE void write_row(const AttentionParams& p, const AttentionItem& item, 
     p.states[2 * state] = maximum;
     p.states[2 * state + 1] = sum;
   }
+  const auto each_pair = [&](const auto& write) {
 #pragma unroll
-  for (int group = 0; group < kDim / 16; ++group) {
+    for (int group = 0; group < kDim / 16; ++group) {
 #pragma unroll
-    for (int word = 0; word < 2; ++word) {
-      const int dim = dim_of(group, word);
-      if (dim >= p.kv.head_dim) continue;
-      float2 values = pair(group, word);
-      values.x *= factor;
-      values.y *= factor;
-      if (to_output) {
-        write_output(p, token, head, dim, {values.x, values.y});
-      } else {
-        *reinterpret_cast<float2*>(p.accumulators + state * p.kv.head_dim + dim) = values;
+      for (int word = 0; word < 2; ++word) {
+        const int dim = dim_of(group, word);
+        if (dim >= p.kv.head_dim) continue;
+        float2 values = pair(group, word);
+        values.x *= factor;
+        values.y *= factor;
+        write(dim, values);
       }
     }
+  };
+  if (to_output) {
+    each_pair([&](int dim, float2 values) {
+      write_output(p, type, token, head, dim, {values.x, values.y});
+    });
+  } else {
+    each_pair([&](int dim, float2 values) {
+      *reinterpret_cast<float2*>(p.accumulators + state * p.kv.head_dim + dim) = values;
+    });
   }
 }
 
@@ -116,7 +123,7 @@ SAGE_DEVICE void merge_states(const AttentionParams& p, int token) {
     const float factor = inverse_sum(total);
 #pragma unroll
     for (int j = 0; j < 4; ++j) values[j] *= factor;
-    write_output(p, token, head, dim, values);
+    write_output(p, p.type, token, head, dim, values);
   }
 }
 

@@ -169,6 +169,7 @@ class WarpgroupConsumer : WarpgroupRole<kDim> {
   using typename Role::Shape;
   static constexpr int kTokens = Shape::kTokens;
   static constexpr float kLog2E = 1.4426950408889634f;
+  static constexpr FloatType kType = std::is_same_v<T, bf16> ? FloatType::kBF16 : FloatType::kF16;
   enum Barrier : int { kTurn = 1, kGroup = 3, kAll = 5 };
 
  public:
@@ -215,6 +216,7 @@ class WarpgroupConsumer : WarpgroupRole<kDim> {
       wgmma_wait<1>(s);
       release(keys_);
       softmax(s, first_token, shrink);
+      compute_here(s);
       wgmma_wait<0>(acc);
       release(values_);
       rescale(acc, shrink);
@@ -416,7 +418,7 @@ class WarpgroupConsumer : WarpgroupRole<kDim> {
       const float sum = warp_sum<4>(sum_[half]);
       if (row_ + 8 * half >= rows) continue;
       write_row<kDim>(
-          p_, item, row_ + 8 * half, to_output, maximum_[half], sum, 1.f,
+          p_, item, kType, row_ + 8 * half, to_output, maximum_[half], sum, 1.f,
           [&](int group, int word) {
             const int at = 4 * (2 * group + word) + 2 * half;
             return float2{acc[at], acc[at + 1]};

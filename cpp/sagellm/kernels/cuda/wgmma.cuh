@@ -123,55 +123,60 @@ SAGE_DEVICE void wgmma_wait(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");  // read no earlier
 }
+/// Keeps the arithmetic that gives `values` in front of what follows: a compiler that moves it
+/// behind the next wait would leave nothing to do while products run.
+template <int kCount>
+SAGE_DEVICE void compute_here(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
 
-// clang-format off: one instruction each
 #define SAGE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SAGE_D16(i) SAGE_D4(i), SAGE_D4(i + 4), SAGE_D4(i + 8), SAGE_D4(i + 12)
 #define SAGE_D32(i) SAGE_D16(i), SAGE_D16(i + 16)
 #define SAGE_WGMMA_SS_128(type)                                                               \
   asm volatile(                                                                               \
       "{\n"                                                                                   \
-      ".reg .pred keep;\n"                                                                     \
-      "setp.ne.b32 keep, %66, 0;\n"                                                            \
+      ".reg .pred keep;\n"                                                                    \
+      "setp.ne.b32 keep, %66, 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                            \
       " {"                                                                                    \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
       "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
       "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                 \
-      "}, %64, %65, keep, 1, 1, 0, 0;\n"                                                       \
+      "}, %64, %65, keep, 1, 1, 0, 0;\n"                                                      \
       "}\n"                                                                                   \
       : SAGE_D32(0), SAGE_D32(32)                                                             \
       : "l"(a), "l"(b), "r"(add ? 1 : 0))
 #define SAGE_WGMMA_RS_128(type)                                                               \
   asm volatile(                                                                               \
       "{\n"                                                                                   \
-      ".reg .pred keep;\n"                                                                     \
-      "setp.ne.b32 keep, %69, 0;\n"                                                            \
+      ".reg .pred keep;\n"                                                                    \
+      "setp.ne.b32 keep, %69, 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                            \
       " {"                                                                                    \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
       "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
       "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                 \
-      "}, {%64, %65, %66, %67}, %68, keep, 1, 1, 1;\n"                                         \
+      "}, {%64, %65, %66, %67}, %68, keep, 1, 1, 1;\n"                                        \
       "}\n"                                                                                   \
       : SAGE_D32(0), SAGE_D32(32)                                                             \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add ? 1 : 0))
 #define SAGE_WGMMA_RS_64(type)                                                                \
   asm volatile(                                                                               \
       "{\n"                                                                                   \
-      ".reg .pred keep;\n"                                                                     \
-      "setp.ne.b32 keep, %37, 0;\n"                                                            \
+      ".reg .pred keep;\n"                                                                    \
+      "setp.ne.b32 keep, %37, 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                             \
       " {"                                                                                    \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                       \
-      "}, {%32, %33, %34, %35}, %36, keep, 1, 1, 1;\n"                                         \
+      "}, {%32, %33, %34, %35}, %36, keep, 1, 1, 1;\n"                                        \
       "}\n"                                                                                   \
       : SAGE_D32(0)                                                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add ? 1 : 0))
-// clang-format on
 
 /// Starts d = a * b (+ d with `add`) on 64 x 128 x 16, both from shared memory, K-major; T is bf16
 /// or f16.
@@ -231,6 +236,9 @@ template <typename T, int kCount>
 SAGE_DEVICE void wgmma_registers(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
   cuda_emulation::wgmma(d, 2 * kCount, a, 0, b, add, true, std::is_same_v<T, bf16>);
 }
+
+template <int kCount>
+SAGE_DEVICE void compute_here(float (&)[kCount]) {}
 
 #endif
 

@@ -67,8 +67,11 @@ AttentionLaunch choose_attention(AttentionKernel kernel, KvType type, int head_d
   // Decode lives on copies in flight; in prefill two blocks also cover each other's waits.
   const int enough = kernel == AttentionKernel::kNarrow ? 3 : 2;
   if (how.ring < enough) how.ring = longest(shared_bytes_per_block);
-  require<Unsupported>(how.ring >= 2, "attention with head_dim ", head_dim, " needs ", bytes(2),
-                       " bytes of shared memory in a block; this device offers ",
+  // The warpgroup kernel waits for K of step n + 1 while it holds V of step n - 1, entries 2 n + 2
+  // and 2 n - 1: with fewer than four it would wait for ever.
+  const int least = kernel == AttentionKernel::kWarpgroup ? 4 : 2;
+  require<Unsupported>(how.ring >= least, "attention with head_dim ", head_dim, " needs ",
+                       bytes(least), " bytes of shared memory in a block; this device offers ",
                        shared_bytes_per_block);
   how.shared_bytes = bytes(how.ring);
   return how;

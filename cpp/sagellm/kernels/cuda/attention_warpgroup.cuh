@@ -205,9 +205,10 @@ class WarpgroupConsumer : WarpgroupRole<kDim> {
     release(keys_);
     softmax(s, first_token, shrink);
     pack(probabilities, s);
-    for (int i = Role::num_steps(item) - 1; i > 0; --i) {
+    int rest = Role::num_steps(item) - 1;
+    if (rest > 0) wait_full(keys_);
+    for (; rest > 0; --rest) {
       first_token += kTokens;
-      wait_full(keys_);
       take_turn();
       start_scores(s);
       wait_full(values_);
@@ -217,6 +218,9 @@ class WarpgroupConsumer : WarpgroupRole<kDim> {
       release(keys_);
       softmax(s, first_token, shrink);
       compute_here(s);
+      // Here and not at the next turn, because its loop also keeps the compiler from taking the
+      // wait for the product with V in front of the exponents, which it is there to cover.
+      if (rest > 1) wait_full(keys_);
       wgmma_wait<0>(acc);
       release(values_);
       rescale(acc, shrink);

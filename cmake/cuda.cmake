@@ -104,6 +104,9 @@ set_target_properties(sagellm_cuda PROPERTIES CUDA_ARCHITECTURES "${_archs}" CUD
 target_compile_options(sagellm_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --expt-relaxed-constexpr -Xfatbin=-compress-all ${_more_code}>
   $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor>)
+if("${_archs}" MATCHES "90a")  # kernels on wgmma; without their code the host must not choose them
+  target_compile_definitions(sagellm_cuda PRIVATE SAGELLM_CUDA_SM90A)
+endif()
 if(SAGELLM_WERROR)
   target_compile_options(sagellm_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>
                                               $<$<COMPILE_LANGUAGE:CXX>:-Werror>)

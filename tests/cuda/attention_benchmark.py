@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ class Load:
     window: int = 0
     deterministic: bool = False
     shared: int = 0
+    prefill_kernel: str = "auto"
 
 
 LOADS = (
@@ -48,10 +49,18 @@ LOADS = (
     Load(name="decode, 128 x 4K, deterministic", sequences=128, context=4096, deterministic=True),
     Load(name="decode, 64 x 4K, 3.5K shared", sequences=64, context=4096, shared=3584),
     Load(name="prefill, 1 x 8K", sequences=1, context=8192, queries=8192),
+    Load(name="prefill, 1 x 8K, page 64", sequences=1, context=8192, queries=8192, page_size=64),
     Load(name="prefill, 1 x 8K, D 64", sequences=1, context=8192, queries=8192, head_dim=64),
+    Load(name="prefill, 1 x 8K, D 96", sequences=1, context=8192, queries=8192, head_dim=96),
     Load(name="prefill, 8 x 1K", sequences=8, context=1024, queries=1024),
     Load(name="prefill, 1 x 512 after 16K", sequences=1, context=16896, queries=512),
     Load(name="prefill, 1 x 8K, fp8", sequences=1, context=8192, queries=8192, kv_type="fp8_e4m3"),
+)
+# What runs on wgmma by itself, once more on mma.
+LOADS += tuple(
+    replace(load, name=f"{load.name}, wide kernel", prefill_kernel="wide")
+    for load in LOADS
+    if load.queries > 1 and load.kv_type == "bfloat16"
 )
 
 
@@ -96,6 +105,7 @@ def measure_us(load: Load, replays: int, rng: np.random.Generator) -> float:
         scale=load.head_dim**-0.5,
         window=load.window,
         deterministic=load.deterministic,
+        prefill_kernel=load.prefill_kernel,
     )
     attention.plan(starts, positions, tables)
     return 1e3 * float(statistics.median(attention.time(q, pools, 0, slot, out, replays)))

@@ -76,6 +76,7 @@ class Case:
     seed: int = 0
     deterministic: bool = False
     cascade: tuple[int, int] = (1024, 8)
+    prefill_kernel: str = "wide"
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:

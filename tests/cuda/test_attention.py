@@ -30,6 +30,7 @@ def attention_of(cuda: ModuleType, case: Case) -> Any:
         deterministic=case.deterministic,
         cascade_tokens=case.cascade[0],
         cascade_sequences=case.cascade[1],
+        prefill_kernel=case.prefill_kernel,
     )
 
 

@@ -94,7 +94,7 @@ class Benchmarks:
         for load in attention_benchmark.LOADS:
             if load.kv_type != "bfloat16" or load.deterministic or load.shared or load.window:
                 continue
-            if load.queries not in (1, load.context):
+            if load.queries not in (1, load.context) or load.prefill_kernel != "auto":
                 continue
             shape = (load.num_heads, load.num_kv_heads, load.head_dim)
             found = peers().sdpa_seconds(load.sequences, load.queries, load.context, *shape)

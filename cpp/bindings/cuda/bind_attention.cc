@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,13 @@ KvType kv_type_of(const std::string& name) {
   if (name == "int8") return KvType::kInt8;
   if (name == "fp8_e4m3") return KvType::kFp8E4M3;
   fail<InvalidArgument>("kv_type is '", name, "', must be bfloat16, float16, int8 or fp8_e4m3");
+}
+
+std::optional<AttentionKernel> prefill_kernel_of(const std::string& name) {
+  if (name == "auto") return std::nullopt;
+  if (name == "wide") return AttentionKernel::kWide;
+  if (name == "warpgroup") return AttentionKernel::kWarpgroup;
+  fail<InvalidArgument>("prefill_kernel is '", name, "', must be auto, wide or warpgroup");
 }
 
 std::span<const int32_t> values_of(const Indices& array) {
@@ -65,14 +73,14 @@ class Attention {
   }
 
   void run(const DeviceArray& q, const DeviceArray& pool, int64_t slot_offset, int64_t block_stride,
-           DeviceArray& out) const {
+           DeviceArray& out) {
     attention_.run(step(q, pool, slot_offset, block_stride, out), capacity_, workspace_, nullptr);
   }
 
   /// Milliseconds per launch, one value for each replay of a graph of one launch per pool.
   std::vector<float> time(const DeviceArray& q, const std::vector<const DeviceArray*>& pools,
                           int64_t slot_offset, int64_t block_stride, DeviceArray& out,
-                          int replays) const {
+                          int replays) {
     require<InvalidArgument>(!pools.empty() && replays > 0, "pools and replays must not be empty");
     cuda::synchronize(nullptr);
     const cuda::Stream stream;
@@ -98,11 +106,13 @@ class Attention {
 
   py::dict describe() const {
     const cuda::AttentionPlanner& planner = attention_.planner();
-    return py::dict("narrow_items"_a = planner.items(AttentionKernel::kNarrow).size(),
-                    "wide_items"_a = planner.items(AttentionKernel::kWide).size(),
-                    "narrow_bins"_a = planner.num_bins(AttentionKernel::kNarrow),
-                    "wide_bins"_a = planner.num_bins(AttentionKernel::kWide),
-                    "states"_a = planner.num_states());
+    return py::dict(
+        "narrow_items"_a = planner.items(AttentionKernel::kNarrow).size(),
+        "wide_items"_a = planner.items(AttentionKernel::kWide).size(),
+        "narrow_bins"_a = planner.num_bins(AttentionKernel::kNarrow),
+        "wide_bins"_a = planner.num_bins(AttentionKernel::kWide), "states"_a = planner.num_states(),
+        "prefill_kernel"_a =
+            attention_.prefill_kernel() == AttentionKernel::kWarpgroup ? "warpgroup" : "wide");
   }
 
  private:
@@ -143,7 +153,8 @@ std::unique_ptr<Attention> make_attention(int num_heads, int num_kv_heads, int h
                                           int page_size, const std::string& type,
                                           const std::string& kv_type, float scale, int window,
                                           float softcap, bool deterministic, int cascade_tokens,
-                                          int cascade_sequences) {
+                                          int cascade_sequences,
+                                          const std::string& prefill_kernel) {
   cuda::PagedAttentionOptions options;
   options.plan.num_heads = num_heads;
   options.plan.num_kv_heads = num_kv_heads;
@@ -157,6 +168,7 @@ std::unique_ptr<Attention> make_attention(int num_heads, int num_kv_heads, int h
   options.kv_type = kv_type_of(kv_type);
   options.scale = scale;
   options.softcap = softcap;
+  options.prefill = prefill_kernel_of(prefill_kernel);
   return std::make_unique<Attention>(options);
 }
 
@@ -172,10 +184,12 @@ void register_attention(py::module_& m) {
       "Bytes of one layer in one block.");
   py::class_<Attention>(m, "PagedAttention", py::module_local(),
                         "Attention of one kind of layer over pages in device memory.")
-      .def(py::init(&make_attention), py::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-           "page_size"_a, "type"_a = "bfloat16", "kv_type"_a = "bfloat16", "scale"_a = 1.0f,
-           "window"_a = 0, "softcap"_a = 0.0f, "deterministic"_a = false, "cascade_tokens"_a = 1024,
-           "cascade_sequences"_a = 8)
+      .def(
+          py::init(&make_attention), py::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+          "page_size"_a, "type"_a = "bfloat16", "kv_type"_a = "bfloat16", "scale"_a = 1.0f,
+          "window"_a = 0, "softcap"_a = 0.0f, "deterministic"_a = false, "cascade_tokens"_a = 1024,
+          "cascade_sequences"_a = 8, "prefill_kernel"_a = "auto",
+          "prefill_kernel: 'wide' or 'warpgroup' to compare them, 'auto' for the faster that runs.")
       .def("plan", &Attention::plan, "query_starts"_a, "positions"_a, "block_tables"_a,
            "Plans a step: query_starts [sequences + 1], positions [tokens], block_tables "
            "[sequences, blocks].")

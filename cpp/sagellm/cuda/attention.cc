@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "sagellm/base/error.h"
 #include "sagellm/cuda/stream.h"
 
 namespace sagellm::cuda {
@@ -15,6 +16,19 @@ AttentionLaunch choose(AttentionKernel kernel, const PagedAttentionOptions& opti
                        const DeviceInfo& device) {
   return kernels::cuda::choose_attention(kernel, options.kv_type, options.plan.head_dim,
                                          device.shared_bytes);
+}
+
+AttentionKernel choose_prefill(const PagedAttentionOptions& options, const DeviceInfo& device) {
+  const bool able = kernels::cuda::has_warpgroup_attention(options.kv_type, options.plan.head_dim,
+                                                           device.major, device.minor);
+  if (!options.prefill) return able ? AttentionKernel::kWarpgroup : AttentionKernel::kWide;
+  require<InvalidArgument>(*options.prefill != AttentionKernel::kNarrow,
+                           "wide items run on the wide or the warpgroup kernel");
+  require<Unsupported>(*options.prefill != AttentionKernel::kWarpgroup || able,
+                       "the warpgroup kernel needs compute capability 9.0, code for 9.0a in the "
+                       "build, 16-bit pages and head_dim of at most ",
+                       kernels::cuda::kMaxWarpgroupHeadDim, "; choose the wide kernel");
+  return *options.prefill;
 }
 
 AttentionPlanOptions on_device(AttentionPlanOptions options, const DeviceInfo& device,
@@ -53,11 +67,11 @@ void AttentionWorkspace::reserve(const AttentionPlanner& planner, const Attentio
 PagedAttention::PagedAttention(const PagedAttentionOptions& options, const DeviceInfo& device)
     : options_(options),
       narrow_(choose(AttentionKernel::kNarrow, options, device)),
-      wide_(choose(AttentionKernel::kWide, options, device)),
+      wide_(choose(choose_prefill(options, device), options, device)),
       planner_(on_device(options.plan, device, narrow_, wide_)) {}
 
 void PagedAttention::run(const AttentionStep& step, const AttentionCapacity& capacity,
-                         const AttentionWorkspace& workspace, void* stream) const {
+                         const AttentionWorkspace& workspace, void* stream) {
   kernels::cuda::AttentionParams p;
   p.q = step.q;
   p.out = step.out;
@@ -88,7 +102,9 @@ void PagedAttention::run(const AttentionStep& step, const AttentionCapacity& cap
                          int64_t bins) {
     p.work.items = reinterpret_cast<const AttentionItem*>(step.upload + items);
     p.work.bin_begin = step.upload + bins;
-    launch_attention(how, p, planner_.num_bins(kernel), stream);
+    const bool maps = how.kernel == AttentionKernel::kWarpgroup;
+    launch_attention(how, p, maps ? &page_maps_.of(p.kv) : nullptr, planner_.num_bins(kernel),
+                     stream);
   };
   if (capacity.wide_items > 0) {
     start(AttentionKernel::kWide, wide_, at.wide_items, at.wide_bins);

@@ -1,11 +1,13 @@
 // Attention of one kind of layer on a device: its plan of a step and its launches.
 #pragma once
 
+#include <optional>
 #include <span>
 
 #include "sagellm/cuda/attention_plan.h"
 #include "sagellm/cuda/memory.h"
 #include "sagellm/cuda/probe.h"
+#include "sagellm/cuda/tensor_map.h"
 #include "sagellm/kernels/cuda/attention_launch.h"
 
 namespace sagellm::cuda {
@@ -33,6 +35,8 @@ struct PagedAttentionOptions {
   kernels::cuda::KvType kv_type = kernels::cuda::KvType::kBF16;
   float scale = 1.f;
   float softcap = 0.f;
+  /// kWide or kWarpgroup for the wide items, to compare them; by itself the faster that can run.
+  std::optional<kernels::cuda::AttentionKernel> prefill;
 };
 
 /// One layer of a step.
@@ -57,18 +61,21 @@ class PagedAttention {
 
   AttentionPlanner& planner() { return planner_; }
   const AttentionPlanner& planner() const { return planner_; }
+  /// What wide items run on.
+  kernels::cuda::AttentionKernel prefill_kernel() const { return wide_.kernel; }
 
   /// Queues the layer on `stream`. Pointers and grids depend on `capacity` alone, so that a
   /// captured call serves every later plan within it; a kernel without capacity for items is not
   /// launched.
   void run(const AttentionStep& step, const AttentionCapacity& capacity,
-           const AttentionWorkspace& workspace, void* stream) const;
+           const AttentionWorkspace& workspace, void* stream);
 
  private:
   PagedAttentionOptions options_;
   kernels::cuda::AttentionLaunch narrow_;
   kernels::cuda::AttentionLaunch wide_;
   AttentionPlanner planner_;
+  PageMaps page_maps_;  // of kWarpgroup
 };
 
 }  // namespace sagellm::cuda

@@ -18,7 +18,8 @@ void register_emulator(py::module_& m) {
         return py::dict(
             "launches"_a = s.launches, "matrix_products"_a = s.matrix_products,
             "matrix_loads"_a = s.matrix_loads, "matrix_load_phases"_a = s.matrix_load_phases,
-            "async_copies"_a = s.async_copies, "global_bytes_streamed"_a = s.global_bytes_streamed);
+            "warpgroup_products"_a = s.warpgroup_products, "async_copies"_a = s.async_copies,
+            "box_copies"_a = s.box_copies, "global_bytes_streamed"_a = s.global_bytes_streamed);
       },
       "Counts of what kernels did since the last call.");
 }

@@ -5,14 +5,17 @@
 // EmulationError that names block, thread and place:
 //   - barriers or warp operations that not all threads reach, or reach at different places;
 //   - access outside an allocation or outside shared memory (guard pages; canaries behind the end);
-//   - misaligned 16-byte accesses and matrix rows.
+//   - misaligned 16-byte accesses and matrix rows;
+//   - misuse of mbarriers, boxes of the copy engine and products of warpgroups.
 // Memory that nobody wrote reads as 0xff bytes, which are NaN in every float format. So does the
-// target of cp.async until its thread has waited for it.
+// target of cp.async until its thread has waited for it, that of a box until it has landed, and
+// accumulators of wgmma until their wait.
 //
 // Matrix instructions exchange registers between the lanes as the PTX ISA lays them out; products
 // are exact and their sums rounded once, so results may differ from hardware in the last bits.
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -116,10 +119,12 @@ class EmulationError : public std::runtime_error {
 /// What the kernels since the last reset did.
 struct Statistics {
   int64_t launches = 0;
-  int64_t matrix_products = 0;        // mma instructions, per warp
-  int64_t matrix_loads = 0;           // ldmatrix instructions, per warp
-  int64_t matrix_load_phases = 0;     // shared-memory wavefronts they took: four each at best
-  int64_t async_copies = 0;           // 16-byte cp.async, per thread
+  int64_t matrix_products = 0;     // mma instructions, per warp
+  int64_t matrix_loads = 0;        // ldmatrix instructions, per warp
+  int64_t matrix_load_phases = 0;  // shared-memory wavefronts they took: four each at best
+  int64_t warpgroup_products = 0;  // wgmma instructions, per warp
+  int64_t async_copies = 0;        // 16-byte cp.async, per thread
+  int64_t box_copies = 0;
   int64_t global_bytes_streamed = 0;  // through load_stream, store_stream and cp.async
 };
 Statistics& statistics();
@@ -163,6 +168,7 @@ T* shared_memory() {
 }
 
 void sync_named(int id, int threads, Place place = SAGE_HERE);
+void arrive_named(int id, int threads, Place place = SAGE_HERE);
 void sync_all(Place place);
 inline void sync_block(Place place = SAGE_HERE) { sync_all(place); }
 
@@ -282,5 +288,57 @@ void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
                      Place place = SAGE_HERE);
 void mma_m16n8k32_fp8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                       Place place = SAGE_HERE);
+
+// ----------------------------------------------------------------------- what kernels call
+// (wgmma.cuh)
+void mbarrier_init(uint64_t* barrier, int arrivals, Place place = SAGE_HERE);
+inline void mbarrier_publish() {}
+void mbarrier_arrive(uint64_t* barrier, Place place = SAGE_HERE);
+void mbarrier_arrive_expect(uint64_t* barrier, int bytes, Place place = SAGE_HERE);
+void mbarrier_wait(uint64_t* barrier, int parity, Place place = SAGE_HERE);
+
+/// A box of an array: its tensor map and where it begins.
+struct TensorBox {
+  std::array<unsigned char, 128> map;
+  int at[3];
+};
+/// cuTensorMapEncodeTiled of the emulated driver.
+int encode_tensor_map(void* map, int type, uint32_t rank, void* address, const uint64_t* dims,
+                      const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
+                      int interleave, int swizzle, int promotion, int fill);
+void copy_tensor_box(void* shared, const void* map, uint64_t* barrier, int x, int y, int z,
+                     Place place);
+template <typename Map>
+void copy_box(void* shared, const Map* map, uint64_t* barrier, int x, int y, int z,
+              Place place = SAGE_HERE) {
+  copy_tensor_box(shared, map, barrier, x, y, z, place);
+}
+template <typename Map>
+void prefetch_tensor_map(const Map*) {}
+inline void fence_async_proxy() {}
+
+/// Addresses as descriptors count: bytes of the block's shared memory window.
+uint32_t shared_address(const void* pointer);
+void wgmma_fence(Place place = SAGE_HERE);
+void wgmma_commit(Place place = SAGE_HERE);
+/// d [n / 2] is this lane's part; a null: from shared memory. Fragments and accumulators stay where
+/// they are until the wait.
+void wgmma(float* d, int n, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b,
+           bool add, bool transposed_b, bool is_bf16, Place place = SAGE_HERE);
+void wgmma_wait_groups(int pending, float* d, Place place);
+template <int Pending, int Count>
+void wgmma_wait(float (&d)[Count], Place place = SAGE_HERE) {
+  wgmma_wait_groups(Pending, d, place);
+}
+void raise_registers_to(int count, Place place);
+void lower_registers_to(int count, Place place);
+template <int Count>
+void raise_registers(Place place = SAGE_HERE) {
+  raise_registers_to(Count, place);
+}
+template <int Count>
+void lower_registers(Place place = SAGE_HERE) {
+  lower_registers_to(Count, place);
+}
 
 }  // namespace cuda_emulation

@@ -15,6 +15,7 @@
 
 #include "sagellm/kernels/cuda/attention_launch.h"
 #include "sagellm/kernels/cuda/attention_loader.cuh"
+#include "sagellm/kernels/cuda/attention_output.cuh"
 
 namespace sagellm::kernels::cuda {
 
@@ -28,12 +29,10 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
   using Loader::end_of_row;
   using Loader::first_row;
   using Loader::first_step;
-  using Loader::head_of_row;
   using Loader::kTiles;
   using Loader::kTokens;
   using Loader::kv_begin_;
   using Loader::kv_end_;
-  using Loader::kv_head;
   using Loader::next_entry;
   using Loader::num_entries;
   using Loader::p_;
@@ -91,7 +90,9 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
     } else {
       merge_warps(acc, maximum, sum);
     }
-    finish_tokens();
+    if (!writes_output_) {
+      finish_tokens<kAttentionThreads>(p_, this_item(), complete(), [] { sync_block(); });
+    }
     sync_block();  // before the next item overwrites shared memory
   }
 
@@ -255,32 +256,6 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
   }
 
   // ----------------------------------------------------------------------------------- finishing
-  SAGE_DEVICE int64_t state_row(int token, int head) const {
-    return (int64_t{p_.work.state_begin[token]} + this_item().split) *
-               (p_.kv.num_kv_heads * p_.group) +
-           head;
-  }
-  template <int kCount>
-  SAGE_DEVICE void write_output(int token, int head, int dim, const float (&values)[kCount]) const {
-    uint16_t* to = static_cast<uint16_t*>(p_.out) + token * p_.out_stride +
-                   int64_t{head} * p_.kv.head_dim + dim;
-    uint32_t words[kCount / 2];
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      words[i] = p_.type == FloatType::kBF16 ? pack_bf16(values[2 * i], values[2 * i + 1])
-                                             : pack_f16(values[2 * i], values[2 * i + 1]);
-    }
-    if constexpr (kCount == 2) {
-      *reinterpret_cast<uint32_t*>(to) = words[0];
-    } else if constexpr (kCount == 4) {
-      *reinterpret_cast<uint2*>(to) = uint2{words[0], words[1]};
-    } else {
-      static_assert(kCount == 8);
-      *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
-    }
-  }
-  SAGE_DEVICE static float inverse(float sum) { return sum > 0.f ? 1.f / sum : 0.f; }
-
   // Wide: every lane writes what it holds.
   SAGE_DEVICE void finish_rows(const float (&acc)[kTiles][kDim / 8][4],
                                const float (&maximum)[kTiles][2], const float (&sum)[kTiles][2]) {
@@ -291,30 +266,14 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
       for (int half = 0; half < 2; ++half) {
         const int row = row_of(i, half);
         if (row >= rows) continue;
-        const int token = p_.work.tokens[this_item().first_token + row / this_item().num_heads];
-        const int head = head_of_row(row);
-        const float factor = (writes_output_ ? inverse(sum[i][half]) : 1.f) * Traits::kOutScale;
-        const int64_t state = writes_output_ ? 0 : state_row(token, head);
-        if (!writes_output_ && lane_id() % 4 == 0) {
-          p_.states[2 * state] = maximum[i][half];
-          p_.states[2 * state + 1] = sum[i][half];
-        }
-#pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) {
-#pragma unroll
-          for (int word = 0; word < 2; ++word) {
-            const int dim = accumulator_dim<kType>(d, word);
-            if (dim >= p_.kv.head_dim) continue;
-            float2 pair = accumulator_pair<kType>(acc[i][2 * d], acc[i][2 * d + 1], 2 * half, word);
-            pair.x *= factor;
-            pair.y *= factor;
-            if (writes_output_) {
-              write_output(token, head, dim, {pair.x, pair.y});
-            } else {
-              *reinterpret_cast<float2*>(p_.accumulators + state * p_.kv.head_dim + dim) = pair;
-            }
-          }
-        }
+        write_row<kDim>(
+            p_, this_item(), p_.type, row, writes_output_, maximum[i][half], sum[i][half],
+            Traits::kOutScale,
+            [&](int group, int word) {
+              return accumulator_pair<kType>(acc[i][2 * group], acc[i][2 * group + 1], 2 * half,
+                                             word);
+            },
+            [](int group, int word) { return accumulator_dim<kType>(group, word); });
       }
     }
   }
@@ -357,10 +316,10 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
       weight[w] = ex2(one.x - base);
       total = fmaf(one.y, weight[w], total);
     }
-    const int token = p_.work.tokens[this_item().first_token + row / this_item().num_heads];
-    const int head = head_of_row(row);
-    const float factor = (writes_output_ ? inverse(total) : 1.f) * Traits::kOutScale;
-    const int64_t state = writes_output_ ? 0 : state_row(token, head);
+    const int token = token_of_row(p_, this_item(), row);
+    const int head = head_of_row(p_, this_item(), row);
+    const float factor = (writes_output_ ? inverse_sum(total) : 1.f) * Traits::kOutScale;
+    const int64_t state = writes_output_ ? 0 : state_row(p_, this_item(), token, head);
     const int thread = static_cast<int>(threadIdx.x) % kThreadsPerRow;
     if (!writes_output_ && thread == 0) {
       p_.states[2 * state] = highest;
@@ -377,69 +336,12 @@ class AttentionBlock : AttentionLoader<kDim, kType, kKernel> {
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[j] *= factor;
       if (writes_output_) {
-        write_output(token, head, dim, values);
+        write_output(p_, p_.type, token, head, dim, values);
       } else {
         float4* to = reinterpret_cast<float4*>(p_.accumulators + state * p_.kv.head_dim + dim);
         to[0] = float4{values[0], values[1], values[2], values[3]};
         to[1] = float4{values[4], values[5], values[6], values[7]};
       }
-    }
-  }
-
-  // Merges the states of the tokens for which this block was the last to write one. The merge
-  // itself is the same whoever does it.
-  SAGE_DEVICE void finish_tokens() {
-    if (writes_output_) return;
-    threadfence();
-    sync_block();
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread < this_item().num_tokens) {
-      const int token = p_.work.tokens[this_item().first_token + thread];
-      const int states = p_.work.state_begin[token + 1] - p_.work.state_begin[token];
-      int32_t* arrivals = p_.arrivals + int64_t{token} * p_.kv.num_kv_heads + kv_head();
-      const int arrived = atomic_add(arrivals, this_item().num_heads) + this_item().num_heads;
-      complete()[thread] = arrived == states * p_.group;
-      if (arrived == states * p_.group) *arrivals = 0;  // ready for the next launch
-      threadfence();
-    }
-    sync_block();
-    for (int i = 0; i < this_item().num_tokens; ++i) {
-      if (complete()[i] != 0) merge_states(p_.work.tokens[this_item().first_token + i]);
-    }
-  }
-
-  SAGE_DEVICE void merge_states(int token) const {
-    const int head_dim = p_.kv.head_dim;
-    const int heads = p_.kv.num_kv_heads * p_.group;
-    const int64_t first = p_.work.state_begin[token];
-    const int count = static_cast<int>(p_.work.state_begin[token + 1] - first);
-    for (int i = static_cast<int>(threadIdx.x) * 4; i < p_.group * head_dim;
-         i += kAttentionThreads * 4) {
-      const int head = kv_head() * p_.group + i / head_dim;
-      const int dim = i % head_dim;
-      const float* states = p_.states + 2 * (first * heads + head);
-      const float* accumulators = p_.accumulators + (first * heads + head) * head_dim + dim;
-      float highest = -INFINITY;
-      for (int s = 0; s < count; ++s) highest = fmaxf(highest, states[int64_t{2} * s * heads]);
-      const float base = exponent_base(highest);
-      float total = 0.f;
-      float values[4] = {};
-#pragma unroll 4
-      for (int s = 0; s < count; ++s) {
-        const float2 one = *reinterpret_cast<const float2*>(states + int64_t{2} * s * heads);
-        const float4 acc =
-            *reinterpret_cast<const float4*>(accumulators + int64_t{s} * heads * head_dim);
-        const float weight = ex2(one.x - base);
-        total = fmaf(one.y, weight, total);
-        values[0] = fmaf(acc.x, weight, values[0]);
-        values[1] = fmaf(acc.y, weight, values[1]);
-        values[2] = fmaf(acc.z, weight, values[2]);
-        values[3] = fmaf(acc.w, weight, values[3]);
-      }
-      const float factor = inverse(total);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[j] *= factor;
-      write_output(token, head, dim, values);
     }
   }
 };
@@ -456,7 +358,8 @@ template <int kDim, KvType kType, AttentionKernel kKernel>
 AttentionInstance attention_instance() {
   using Shape = AttentionShape<kDim, kType, kKernel>;
   return {.launch =
-              [](const AttentionParams& p, Grid grid, size_t shared_bytes, void* stream) {
+              [](const AttentionParams& p, const TensorMap&, Grid grid, size_t shared_bytes,
+                 void* stream) {
                 launch(attention_kernel<kDim, kType, kKernel>, grid, kAttentionThreads,
                        shared_bytes, stream, p);
               },

@@ -7,10 +7,20 @@
 namespace sagellm::kernels::cuda {
 namespace {
 
-constexpr int kLongestRing = 6;
 constexpr size_t kReservedPerBlock = 1024;  // what CUDA keeps of every block's shared memory
 
 AttentionInstance instance_for(AttentionKernel kernel, KvType type, int head_dim) {
+  if (kernel == AttentionKernel::kWarpgroup) {
+#if defined(SAGELLM_CUDA_SM90A)
+    require<Unsupported>(!kv_has_scales(type) && head_dim <= kMaxWarpgroupHeadDim,
+                         "the warpgroup kernel takes 16-bit pages and heads of up to ",
+                         kMaxWarpgroupHeadDim, " dimensions");
+    return attention_warpgroup(head_dim, type);
+#else
+    fail<Unsupported>("this build has no code for compute capability 9.0a; build with 90a-real in ",
+                      "SAGELLM_CUDA_ARCHS");
+#endif
+  }
   if (head_dim <= 64) return attention_d64(kernel, type);
   if (head_dim <= 96) return attention_d96(kernel, type);
   if (head_dim <= 128) return attention_d128(kernel, type);
@@ -18,6 +28,16 @@ AttentionInstance instance_for(AttentionKernel kernel, KvType type, int head_dim
 }
 
 }  // namespace
+
+bool has_warpgroup_attention(KvType type, int head_dim, int major, int minor) {
+#if defined(SAGELLM_CUDA_SM90A)
+  constexpr bool kCompiled = true;
+#else
+  constexpr bool kCompiled = false;
+#endif
+  return kCompiled && major == 9 && minor == 0 && !kv_has_scales(type) &&
+         head_dim <= kMaxWarpgroupHeadDim;
+}
 
 AttentionLaunch choose_attention(AttentionKernel kernel, KvType type, int head_dim,
                                  size_t shared_bytes_per_block) {
@@ -27,6 +47,7 @@ AttentionLaunch choose_attention(AttentionKernel kernel, KvType type, int head_d
                            "; a row of K must be a multiple of 16 bytes and ", "head_dim at most ",
                            kMaxAttentionHeadDim);
   AttentionLaunch how;
+  how.kernel = kernel;
   how.instance = instance_for(kernel, type, head_dim);
   const auto bytes = [&](int ring) {
     return static_cast<size_t>(how.instance.fixed_bytes) +
@@ -34,25 +55,30 @@ AttentionLaunch choose_attention(AttentionKernel kernel, KvType type, int head_d
                std::max(ring * how.instance.entry_bytes, how.instance.least_ring_bytes));
   };
   const auto longest = [&](size_t room) {
-    int ring = kLongestRing;
+    int ring = kLongestAttentionRing;
     while (ring >= 2 && bytes(ring) > room) --ring;
     return ring;
   };
-  // A multiprocessor has what one block can have, and what CUDA reserves for that block.
-  const size_t half = (shared_bytes_per_block + kReservedPerBlock) / 2;
-  how.ring = longest(half - std::min(half, kReservedPerBlock));
+  if (kernel != AttentionKernel::kWarpgroup) {
+    // A multiprocessor has what one block can have, and what CUDA reserves for that block.
+    const size_t half = (shared_bytes_per_block + kReservedPerBlock) / 2;
+    how.ring = longest(half - std::min(half, kReservedPerBlock));
+  }
   // Decode lives on copies in flight; in prefill two blocks also cover each other's waits.
   const int enough = kernel == AttentionKernel::kNarrow ? 3 : 2;
   if (how.ring < enough) how.ring = longest(shared_bytes_per_block);
-  require<Unsupported>(how.ring >= 2, "attention with head_dim ", head_dim, " needs ", bytes(2),
-                       " bytes of shared memory in a block; this device offers ",
+  // The warpgroup kernel waits for K of step n + 1 while it holds V of step n - 1, entries 2 n + 2
+  // and 2 n - 1: with fewer than four it would wait for ever.
+  const int least = kernel == AttentionKernel::kWarpgroup ? 4 : 2;
+  require<Unsupported>(how.ring >= least, "attention with head_dim ", head_dim, " needs ",
+                       bytes(least), " bytes of shared memory in a block; this device offers ",
                        shared_bytes_per_block);
   how.shared_bytes = bytes(how.ring);
   return how;
 }
 
-void launch_attention(const AttentionLaunch& how, AttentionParams params, int num_bins,
-                      void* stream) {
+void launch_attention(const AttentionLaunch& how, AttentionParams params, const TensorMap* pages,
+                      int num_bins, void* stream) {
   const KvPages& kv = params.kv;
   const auto aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
@@ -77,8 +103,10 @@ void launch_attention(const AttentionLaunch& how, AttentionParams params, int nu
   require<InvalidArgument>(
       kv_has_scales(kv.type) || (kv.type == KvType::kBF16) == (params.type == FloatType::kBF16),
       "16-bit K and V must have the type of q");
+  require<InvalidArgument>(how.kernel != AttentionKernel::kWarpgroup || pages != nullptr,
+                           "the warpgroup kernel needs a tensor map of the pages");
   params.ring = how.ring;
-  how.instance.launch(params,
+  how.instance.launch(params, pages != nullptr ? *pages : TensorMap{},
                       Grid{static_cast<uint32_t>(num_bins), static_cast<uint32_t>(kv.num_kv_heads)},
                       how.shared_bytes, stream);
 }

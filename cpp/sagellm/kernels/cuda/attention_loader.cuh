@@ -2,6 +2,7 @@
 // of Q, K and V into shared memory.
 #pragma once
 
+#include "sagellm/kernels/cuda/attention_output.cuh"
 #include "sagellm/kernels/cuda/attention_tile.cuh"
 
 namespace sagellm::kernels::cuda {
@@ -49,8 +50,7 @@ class AttentionLoader {
       start_copy(e);
       cp_async_commit();
     }
-    const int token = p_.work.tokens[this_item().first_token];  // all of an item's tokens are alike
-    writes_output_ = p_.work.state_begin[token] == p_.work.state_begin[token + 1];
+    writes_output_ = writes_output(p_, this_item());
     store_query();
     store_ends();
     sync_block();
@@ -149,9 +149,10 @@ class AttentionLoader {
       const int chunk = i % kChunks;
       uint4 words{0, 0, 0, 0};
       if (row < rows && chunk * 8 < p_.kv.head_dim) {
-        const int64_t token = p_.work.tokens[this_item().first_token + row / this_item().num_heads];
-        words = load_stream(static_cast<const uint16_t*>(p_.q) + token * p_.q_stride +
-                            int64_t{head_of_row(row)} * p_.kv.head_dim + chunk * 8);
+        const int64_t token = token_of_row(p_, this_item(), row);
+        words =
+            load_stream(static_cast<const uint16_t*>(p_.q) + token * p_.q_stride +
+                        int64_t{head_of_row(p_, this_item(), row)} * p_.kv.head_dim + chunk * 8);
       }
       std::byte* to = query_rows() + row * Layout::kQueryStride;
       if constexpr (!KvTraits<kType>::kHasScales) {
@@ -169,9 +170,6 @@ class AttentionLoader {
     const float2 pair = unpack2<bf16>(word);
     return pack_f16(pair.x, pair.y);
   }
-  SAGE_DEVICE int head_of_row(int row) const {
-    return kv_head() * p_.group + this_item().first_head + row % this_item().num_heads;
-  }
 
   // ---------------------------------------------------------------------------------- what rows
   // see A row sees tokens before its end, which lies in the space between the rows of Q. Rows
@@ -184,7 +182,7 @@ class AttentionLoader {
     if (row >= Shape::kRows) return;
     int end = kv_end_;
     if (row < this_item().num_tokens * this_item().num_heads) {
-      end = p_.positions[p_.work.tokens[this_item().first_token + row / this_item().num_heads]] + 1;
+      end = p_.positions[token_of_row(p_, this_item(), row)] + 1;
     }
     *end_of_row(row) = end;
   }

@@ -100,14 +100,17 @@ struct AttentionParams {
   int32_t ring = 0;     // set by launch_attention
 };
 
-/// The two shapes of the kernel. Narrow: 16 rows against the whole bandwidth, for decode. Wide:
-/// many rows against the tensor cores, for prefill and shared prefixes.
-enum class AttentionKernel : int32_t { kNarrow, kWide };
+/// The shapes of the kernel. Narrow: 16 rows against the whole bandwidth, for decode. Wide: many
+/// rows against the tensor cores, for prefill and shared prefixes. Warpgroup: wide items on the
+/// instructions of compute capability 9.0.
+enum class AttentionKernel : int32_t { kNarrow, kWide, kWarpgroup };
 
 inline constexpr int kAttentionTileTokens = 64;  // tokens per step, on the absolute grid
 inline constexpr int kNarrowRows = 16;
 inline constexpr int kAttentionThreads = 128;
 inline constexpr int kMaxAttentionHeadDim = 256;
+inline constexpr int kMaxWarpgroupHeadDim = 128;
+inline constexpr int kLongestAttentionRing = 6;
 
 /// Rows of a wide tile.
 constexpr int wide_rows(int head_dim) { return head_dim <= 128 ? 128 : 64; }

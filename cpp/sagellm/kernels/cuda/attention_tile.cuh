@@ -10,8 +10,6 @@
 // go to one block of eight columns, odd ones to the next.
 #pragma once
 
-#include <cmath>
-
 #include "sagellm/kernels/cuda/attention_params.h"
 #include "sagellm/kernels/cuda/ptx.cuh"
 
@@ -201,8 +199,5 @@ SAGE_DEVICE float2 accumulator_pair(const float (&even)[4], const float (&odd)[4
   if constexpr (KvTraits<kType>::kHasScales) return {even[upper + word], odd[upper + word]};
   return word == 0 ? float2{even[upper], even[upper + 1]} : float2{odd[upper], odd[upper + 1]};
 }
-
-/// exp2 of scores goes through here: a row that has seen nothing keeps its maximum at -infinity.
-SAGE_DEVICE float exponent_base(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
 
 }  // namespace sagellm::kernels::cuda

@@ -106,7 +106,7 @@ sample::Result result_of(const SampledToken& token, const SamplingRow& row, int3
   return result;
 }
 
-py::list sample_rows(const DeviceArray& logits, const py::sequence& rows) {
+py::tuple sample_rows(const DeviceArray& logits, const py::sequence& rows) {
   require<InvalidArgument>(
       logits.shape().size() == 2 && logits.shape()[0] == static_cast<py::ssize_t>(rows.size()),
       "logits must be [rows, stride] with one row per rule");
@@ -123,8 +123,9 @@ py::list sample_rows(const DeviceArray& logits, const py::sequence& rows) {
   Uploads uploads;
   std::vector<sample::RowParams> params;
   std::vector<SamplingRow> device_rows;
+  const bindings::RowReader reader;
   for (const py::handle row : rows) {
-    params.push_back(bindings::to_params(row, p.vocab, keep));
+    params.push_back(reader.read(row, p.vocab, keep));
     device_rows.push_back(device_row(params.back(), p.vocab, uploads));
   }
   p.rows = uploads.add(device_rows.data(), p.num_rows);
@@ -136,11 +137,11 @@ py::list sample_rows(const DeviceArray& logits, const py::sequence& rows) {
   count_sampled({p.rows, p.out, p.num_rows}, nullptr);
   cuda::copy_to_host(tokens.data(), p.out, tokens.size() * sizeof(SampledToken), nullptr);
   cuda::synchronize(nullptr);
-  py::list results;
+  std::vector<sample::Result> results;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    results.append(bindings::to_tuple(result_of(tokens[i], device_rows[i], p.vocab), params[i]));
+    results.push_back(result_of(tokens[i], device_rows[i], p.vocab));
   }
-  return results;
+  return bindings::to_tuples(results, params);
 }
 
 }  // namespace

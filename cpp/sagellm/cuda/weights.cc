@@ -213,11 +213,11 @@ class Loader {
       const int64_t n = matrix.codes->shape[0];
       jobs_.push_back(
           {offset, n, k, [from = matrix.codes, name = matrix.name, k](int64_t row, std::byte* to) {
-             const uint8_t* codes = stored_row(*from, row, k);
+             const uint8_t* stored = stored_row(*from, row, k);
              require<CorruptFile>(
-                 !quant::has_nan_e4m3(codes, k), "tensor '", name,
+                 !quant::has_nan_e4m3(stored, k), "tensor '", name,
                  "' has weights that are NaN; download or convert the model again");
-             std::memcpy(to, codes, static_cast<size_t>(k));
+             std::memcpy(to, stored, static_cast<size_t>(k));
            }});
       offset += n * k;
     }

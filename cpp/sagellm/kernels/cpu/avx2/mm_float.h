@@ -62,6 +62,20 @@ SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x
   }
 }
 
+template <int kBlocks, int kTokens>
+SAGELLM_INLINE void store_tile(const __m256 (&acc)[kBlocks][kTokens][2], int64_t stride,
+                               float* out) {
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      float* row = out + t * stride + b * kRowBlock;
+      _mm256_storeu_ps(row, acc[b][t][0]);
+      _mm256_storeu_ps(row + 8, acc[b][t][1]);
+    }
+  }
+}
+
 /// kF8: sums of a group of columns, then its scales.
 template <int kBlocks, int kTokens>
 void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token, float* out) {
@@ -93,15 +107,7 @@ void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t to
     }
     w = codes + columns * 16;
   }
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      float* row = out + t * p.out_stride + b * kRowBlock;
-      _mm256_storeu_ps(row, acc[b][t][0]);
-      _mm256_storeu_ps(row + 8, acc[b][t][1]);
-    }
-  }
+  store_tile(acc, p.out_stride, out);
 }
 
 /// kBlocks row blocks x kTokens tokens.
@@ -126,15 +132,7 @@ void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t
     if (p.k % 2 != 0)
       add_step<kFormat, 1>(w + steps * kStepBytes<kFormat>, stride, x + steps * 2, p.k, acc);
   }
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      float* row = out + t * p.out_stride + b * kRowBlock;
-      _mm256_storeu_ps(row, acc[b][t][0]);
-      _mm256_storeu_ps(row + 8, acc[b][t][1]);
-    }
-  }
+  store_tile(acc, p.out_stride, out);
 }
 
 constexpr int kFloatTile = 6;  // tokens: 12 accumulators of 16 registers

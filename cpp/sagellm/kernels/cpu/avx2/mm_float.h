@@ -21,6 +21,15 @@ constexpr int kStep = kFormat == PackedFormat::kBF16 ? 2 : 1;
 template <PackedFormat kFormat>
 constexpr int kStepBytes = kFormat == PackedFormat::kF16 ? 32 : 64;
 
+/// Of `k` columns: packed_row_block_bytes, which the linker would share with other files.
+template <PackedFormat kFormat>
+SAGELLM_INLINE int64_t row_block_bytes(int64_t k) {
+  if constexpr (kFormat == PackedFormat::kF8) {
+    return (k + kF8Group - 1) / kF8Group * 64 + k * kRowBlock;
+  }
+  return (k + kStep<kFormat> - 1) / kStep<kFormat> * kStepBytes<kFormat>;
+}
+
 /// 8 rows of column `i` of the step at `line`.
 template <PackedFormat kFormat>
 SAGELLM_INLINE __m256 load_weights(const uint8_t* line, int half, int i) {
@@ -159,7 +168,7 @@ constexpr int kBlocksOfThree = kFormat == PackedFormat::kF32 ? 2 : 1;
 
 template <PackedFormat kFormat>
 void matmul_float(const MatmulParams& p) {
-  const auto stride = static_cast<int64_t>(packed_row_block_bytes(kFormat, p.k));
+  const int64_t stride = row_block_bytes<kFormat>(p.k);
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
   // Full tiles: activations of a chunk of tokens stay in L2 while the row blocks pass.
   constexpr int64_t kCacheBytes = 256 * 1024;

@@ -18,6 +18,15 @@ constexpr int kStep = kFormat == PackedFormat::kBF16 ? 2 : 1;
 template <PackedFormat kFormat>
 constexpr int kStepBytes = kFormat == PackedFormat::kF16 ? 32 : 64;
 
+/// Of `k` columns: packed_row_block_bytes, which the linker would share with other files.
+template <PackedFormat kFormat>
+SAGELLM_INLINE int64_t row_block_bytes(int64_t k) {
+  if constexpr (kFormat == PackedFormat::kF8) {
+    return (k + kF8Group - 1) / kF8Group * 64 + k * kRowBlock;
+  }
+  return (k + kStep<kFormat> - 1) / kStep<kFormat> * kStepBytes<kFormat>;
+}
+
 /// The 16 rows of the step at `line`: w[i] belongs to its k = i.
 template <PackedFormat kFormat>
 SAGELLM_INLINE void load_weights(const uint8_t* line, __m512 (&w)[kStep<kFormat>]) {
@@ -142,7 +151,7 @@ void matmul_float(const MatmulParams& p) {
   constexpr int kFloatTile = 12;
   constexpr int64_t kCacheBytes =
       512 * 1024;  // activations that stay in L2 while the row blocks pass
-  const auto stride = static_cast<int64_t>(packed_row_block_bytes(kFormat, p.k));
+  const int64_t stride = row_block_bytes<kFormat>(p.k);
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
   const int64_t tiles = kCacheBytes / (p.k * 4 * kFloatTile);
   const int64_t chunk = (tiles > 0 ? tiles : 1) * kFloatTile;

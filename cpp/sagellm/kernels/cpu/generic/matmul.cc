@@ -161,7 +161,7 @@ void matmul_float(const MatmulParams& p) {
 
 /// A chain over the group with codes as halves, which are 256 times too small, then its scale.
 void matmul_f8(const MatmulParams& p) {
-  const auto stride = static_cast<int64_t>(packed_row_block_bytes(F::kF8, p.k));
+  const int64_t stride = (p.k + kF8Group - 1) / kF8Group * 64 + p.k * kRowBlock;
   for (int64_t rb = p.row_block_begin; rb < p.row_block_end; ++rb) {
     for (int64_t t0 = 0; t0 < p.num_tokens; t0 += kTile) {
       const int64_t count = p.num_tokens - t0 < kTile ? p.num_tokens - t0 : kTile;

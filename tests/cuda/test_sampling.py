@@ -161,4 +161,4 @@ def test_a_row_does_not_depend_on_its_batch(cuda: ModuleType) -> None:
     rows = [SamplingRow(temperature=1.0, top_p=0.8, seed=i, num_logprobs=2) for i in range(4)]
     together = cuda.sample(cuda.array(logits), rows)
     for i, row in enumerate(rows):
-        assert cuda.sample(cuda.array(logits[i : i + 1]), [row]) == [together[i]]
+        assert cuda.sample(cuda.array(logits[i : i + 1]), [row]) == (together[i],)

@@ -1,4 +1,5 @@
-// The method `step` of a decoder: arrays and SamplingRow objects in, tuples and arrays out.
+// The methods of a decoder that take a step: arrays and SamplingRow objects in, tuples and arrays
+// out.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -21,6 +22,34 @@ inline std::span<const int32_t> span_of(const Indices& array) {
   return {array.data(), static_cast<size_t>(array.size())};
 }
 
+/// The arrays of a step; they own what the result points into.
+inline model::ForwardBatch batch_of(const Indices& token_ids, const Indices& positions,
+                                    const Indices& query_starts, const Indices& block_tables,
+                                    const Indices& block_copies, const Indices& logit_rows) {
+  require<InvalidArgument>(block_tables.ndim() == 3,
+                           "block_tables must have shape [groups, sequences, blocks]");
+  require<InvalidArgument>(query_starts.size() >= 2, "a step needs at least one sequence");
+  model::ForwardBatch batch;
+  batch.token_ids = span_of(token_ids);
+  batch.positions = span_of(positions);
+  batch.query_starts = span_of(query_starts);
+  batch.block_tables = span_of(block_tables);
+  batch.block_copies = span_of(block_copies);
+  batch.logit_rows = span_of(logit_rows);
+  batch.num_groups = static_cast<int32_t>(block_tables.shape(0));
+  batch.max_blocks = static_cast<int32_t>(block_tables.shape(2));
+  return batch;
+}
+
+/// The rules of a step; `keep` owns what they point into.
+inline std::vector<sample::RowParams> params_of(const RowReader& reader, const py::sequence& rows,
+                                                int64_t vocab, std::vector<py::object>& keep) {
+  std::vector<sample::RowParams> params;
+  params.reserve(rows.size());
+  for (const auto& row : rows) params.push_back(reader.read(row, vocab, keep));
+  return params;
+}
+
 /// Defines `step` of a class; `run(decoder, batch, params, outputs)` carries it out without the
 /// GIL.
 template <typename Decoder, typename Outputs, typename Run>
@@ -31,24 +60,12 @@ void def_step(py::class_<Decoder>& cls, const char* doc, const Run& run) {
                         const Indices& block_copies, const Indices& logit_rows,
                         const py::sequence& sampling, bool return_logits,
                         bool return_hidden) -> py::tuple {
-    require<InvalidArgument>(block_tables.ndim() == 3,
-                             "block_tables must have shape [groups, sequences, blocks]");
-    require<InvalidArgument>(query_starts.size() >= 2, "a step needs at least one sequence");
-    model::ForwardBatch batch;
-    batch.token_ids = span_of(token_ids);
-    batch.positions = span_of(positions);
-    batch.query_starts = span_of(query_starts);
-    batch.block_tables = span_of(block_tables);
-    batch.block_copies = span_of(block_copies);
-    batch.logit_rows = span_of(logit_rows);
-    batch.num_groups = static_cast<int32_t>(block_tables.shape(0));
-    batch.max_blocks = static_cast<int32_t>(block_tables.shape(2));
-
+    const model::ForwardBatch batch =
+        batch_of(token_ids, positions, query_starts, block_tables, block_copies, logit_rows);
     const model::ModelConfig& config = decoder.config();
     std::vector<py::object> keep;
-    std::vector<sample::RowParams> params;
-    params.reserve(sampling.size());
-    for (const auto& row : sampling) params.push_back(reader.read(row, config.vocab_size, keep));
+    const std::vector<sample::RowParams> params =
+        params_of(reader, sampling, config.vocab_size, keep);
     std::vector<sample::Result> results(params.size());
     Outputs outputs;
     outputs.sampled = results;

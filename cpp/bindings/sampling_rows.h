@@ -101,8 +101,8 @@ class __attribute__((visibility("hidden"))) RowReader {
 };
 
 /// (token_id, logprob | None, top_ids, top_logprobs, error | None).
-inline py::tuple to_tuple(const sample::Result& r, const sample::RowParams& params) {
-  const bool reported = params.num_logprobs >= 0 && r.error.empty();
+inline py::tuple to_tuple(const sample::Result& r, int32_t num_logprobs) {
+  const bool reported = num_logprobs >= 0 && r.error.empty();
   const auto elements = [](const auto& values) {
     return values.empty() ? py::tuple() : py::tuple(py::cast(values));
   };
@@ -116,7 +116,8 @@ inline py::tuple to_tuple(const sample::Result& r, const sample::RowParams& para
 inline py::tuple to_tuples(std::span<const sample::Result> results,
                            std::span<const sample::RowParams> params) {
   py::tuple rows(results.size());
-  for (size_t i = 0; i < results.size(); ++i) rows[i] = to_tuple(results[i], params[i]);
+  for (size_t i = 0; i < results.size(); ++i)
+    rows[i] = to_tuple(results[i], params[i].num_logprobs);
   return rows;
 }
 

@@ -3,7 +3,8 @@ a device, against the NumPy reference; graphs, determinism, sampling, and what t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,14 @@ def make_runner(cuda: ModuleType) -> MakeRunner:
         )
 
     return make
+
+
+@pytest.fixture
+def late(cuda: ModuleType) -> Iterator[Callable[[], None]]:
+    """From its call on the emulated device works as late as it may; a real one does as it likes."""
+    yield lambda: cuda.set_deferred(True) if hasattr(cuda, "set_deferred") else None
+    if hasattr(cuda, "set_deferred"):
+        cuda.set_deferred(False)
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +340,138 @@ def test_steps_with_and_without_sampling_are_recorded_apart(
             assert output.rows[0].token_id == int(output.logits[0].argmax())
         cache.commit(0, tokens[0], end)
     assert runner.graph_counts[0] == 2
+
+
+def queued_batches(runner: CudaRunner, count: int, steps: int) -> list[ForwardBatch]:
+    """Prompts of `count` sequences and decode steps behind them, each in another order than the one
+    before; a token that stands there already is mixed in."""
+    cache = runner.allocate_kv(128, 16)
+    tokens = {s: tokens_of(4 + s + steps, seed=s) for s in range(count)}
+    lengths = {s: 4 + s for s in range(count)}
+    for s in tokens:
+        cache.add(s)
+    last = (np.cumsum(list(lengths.values())) - 1).tolist()
+    batches = [make_batch(cache, tokens, {s: (0, lengths[s]) for s in tokens}, rows=last)]
+    before = list(tokens)
+    for step in range(steps):
+        order = before[::-1]
+        ends = {s: (lengths[s] + step, lengths[s] + step + 1) for s in order}
+        sources = [-1 if s == 2 and step == 1 else before.index(s) for s in order]
+        batch = make_batch(cache, tokens, ends)
+        batches.append(replace(batch, token_sources=np.array(sources, np.int32)))
+        before = order
+    return batches
+
+
+def rules_of(batches: list[ForwardBatch]) -> list[tuple[SamplingRow, ...]]:
+    return [
+        tuple(
+            SamplingRow(temperature=0.9 * (s % 2), seed=s, position=i, num_logprobs=1 - i % 2)
+            for s in range(len(batch.logit_rows))
+        )
+        for i, batch in enumerate(batches)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_queued_steps_give_the_tokens_of_those_waited_for(
+    make_runner: MakeRunner, folder: Path, late: Callable[[], None], count: int
+) -> None:
+    checkpoint = tiny(folder, "llama", "BF16")
+    runner = make_runner(checkpoint)
+    expected: list[tuple[SampledRow, ...]] = []
+    batches = queued_batches(runner, count, 8)
+    rules = rules_of(batches)
+    for batch, rows in zip(batches, rules, strict=True):
+        ids = batch.token_ids.copy()
+        if batch.token_sources is not None:
+            for place, row in enumerate(batch.token_sources):
+                ids[place] = expected[-1][row].token_id if row >= 0 else ids[place]
+        expected.append(runner.step(replace(batch, token_ids=ids, token_sources=None), rows).rows)
+
+    runner = make_runner(checkpoint)
+    batches = queued_batches(runner, count, 8)
+    late()
+    runner.launch(batches[0], rules[0])
+    got = []
+    for batch, rows in zip(batches[1:], rules[1:], strict=True):
+        runner.launch(batch, rows)
+        for array in (batch.token_ids, batch.positions, batch.block_tables):
+            array[:] = -1  # it is the caller's again
+        got.append(runner.finish().rows)
+    got.append(runner.finish().rows)
+    assert got == expected
+    assert runner.graph_counts[1] > 0
+
+
+def test_a_queue_takes_two_steps_and_tokens_of_the_one_before(
+    make_runner: MakeRunner, folder: Path
+) -> None:
+    runner = make_runner(tiny(folder))
+    first, second, third = queued_batches(runner, 3, 2)
+    rules = (SamplingRow(),) * 3
+    with pytest.raises(InvalidArgumentError, match="no step was launched"):
+        runner.finish()
+    with pytest.raises(InvalidArgumentError, match="none is in flight"):
+        runner.launch(second, rules)
+    runner.launch(first, rules)
+    with pytest.raises(InvalidArgumentError, match="wait for it first"):
+        runner.step(replace(second, token_sources=None), rules)
+    for sources in ([0, 1], [0, 1, 3], [0, 1, -2]):
+        with pytest.raises(InvalidArgumentError, match="token_sources has"):
+            runner.launch(replace(second, token_sources=np.array(sources, np.int32)), rules)
+    runner.launch(second, rules)
+    with pytest.raises(InvalidArgumentError, match="two steps are in flight"):
+        runner.launch(third, rules)
+    assert len(runner.finish().rows) == 3
+    runner.launch(third, rules)
+    assert [len(runner.finish().rows) for _ in range(2)] == [3, 3]
+
+
+def test_a_row_that_chose_nothing_gives_the_next_step_token_0(
+    make_runner: MakeRunner, folder: Path, late: Callable[[], None]
+) -> None:
+    nothing = SamplingRow(allowed=np.zeros(10, np.uint32))
+    rows = []
+    for queued in (True, False):
+        runner = make_runner(tiny(folder))
+        first, second = queued_batches(runner, 1, 1)
+        if queued:
+            late()
+            runner.launch(first, (nothing,))
+            runner.launch(second, (SamplingRow(num_logprobs=0),))
+            assert runner.finish().rows[0].error == "no token is allowed"
+            rows.append(runner.finish().rows)
+        else:
+            runner.step(first, (nothing,))
+            second.token_ids[0] = 0
+            second.token_sources = None
+            rows.append(runner.step(second, (SamplingRow(num_logprobs=0),)).rows)
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.build
+def test_an_engine_on_a_late_device_answers_like_the_reference(
+    emulated: ModuleType, folder: Path, late: Callable[[], None]
+) -> None:
+    checkpoint = tiny(folder, "gemma3", "BF16")
+    prompts = [tokens_of(n, seed=n).tolist() for n in (3, 20, 41, 9)]
+    options: dict[str, Any] = {"temperature": 0.8, "seed": 5, "max_tokens": 12}
+    answers = []
+    for queued in (True, False):
+        runner = CudaRunner(checkpoint, module=emulated, cublas=False, deterministic=True)
+        config = EngineConfig(kv_cache_tokens=1024, max_num_seqs=3, block_size=16)
+        engine = Engine(runner, load_tokenizer(checkpoint.tokenizer), config)
+        if queued:
+            late()
+        else:
+            emulated.set_deferred(False)
+            engine._executor._queue = None  # waits for every step
+        with LLM(engine) as llm:
+            responses = llm.generate(prompts, **options)
+        assert all(response.error is None for response in responses)
+        answers.append([response.output_tokens for response in responses])
+    assert answers[0] == answers[1]
 
 
 def test_tokens_follow_the_sampling_rule(make_runner: MakeRunner, folder: Path) -> None:

@@ -18,6 +18,8 @@ from engine.support import (
 )
 from sagellm.backends.mock import MockRunner
 
+pytestmark = pytest.mark.usefixtures("every_runner")
+
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 150, 7)
 
 

@@ -20,6 +20,8 @@ from sagellm.engine.output import SequenceOutput, delta_of, end_of, response_of
 from sagellm.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
 from sagellm.protocol import ErrorCode, Metrics
 
+pytestmark = pytest.mark.usefixtures("every_runner")
+
 
 def only(outputs: list[SequenceOutput], key: int) -> SequenceOutput:
     """The one final output of a request."""
@@ -235,14 +237,14 @@ def test_deadline_passes_while_waiting_and_while_running() -> None:
     calm = engine.add_request(make_request(max_tokens=5), [3])
     early = [engine.step() for _ in range(4)]
     clock.now += 0.6
-    second = engine.step()
+    second = engine.step() + engine.step()  # the first may have been queued before
     assert failure_code(second, waits) is ErrorCode.DEADLINE_EXCEEDED
     clock.now += 0.6
-    third = engine.step()
+    third = engine.step() + engine.step()
     late = response_of(only(third, runs))
     assert late.error is not None
     assert late.error.code is ErrorCode.DEADLINE_EXCEEDED
-    assert len(late.output_tokens) == 5
+    assert len(late.output_tokens) in (6, 7)
     assert not any(o.finished for outputs in early for o in outputs)
     assert (calm, 0) in answers(run_all(engine))
     assert_pool_empty(engine)
@@ -287,9 +289,14 @@ def test_decoding_goes_on_while_a_long_prompt_is_computed(priority: int) -> None
     engine.step()
     request = make_request(max_tokens=1, priority=priority)
     prompt = engine.add_request(request, random_prompt(0, 63 * 9 + 10))
-    for _ in range(9):
-        assert [(o.key, len(o.token_ids)) for o in engine.step()] == [(decodes, 1)]
-    assert {o.key for o in engine.step()} == {decodes, prompt}
+    num_steps = 0
+    outputs = engine.step()
+    while all(output.key != prompt for output in outputs):
+        assert [(o.key, len(o.token_ids)) for o in outputs] == [(decodes, 1)]
+        outputs = engine.step()
+        num_steps += 1
+    assert {o.key for o in outputs} == {decodes, prompt}
+    assert num_steps in (9, 10)  # one more if a step was queued when the prompt came
     run_all(engine)
 
 

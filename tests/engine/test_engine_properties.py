@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from engine.support import (
     make_request,
     random_prompt,
 )
-from sagellm.backends.mock import MockRunner
+from sagellm.backends.mock import MockRunner, QueueingMockRunner
 from sagellm.engine.output import SequenceOutput
 from sagellm.errors import ResourceExhaustedError
 from sagellm.protocol import ErrorCode
@@ -49,7 +50,11 @@ ENGINES = st.fixed_dictionaries(
         "max_batch_tokens": st.sampled_from([32, 64]),
         "max_chunk_tokens": st.sampled_from([None, 1, 5, 16]),
         "enable_prefix_caching": st.booleans(),
+        "speculation": st.sampled_from(["auto", "off", 2]),
     }
+)
+RUNNERS = st.sampled_from(
+    [MockRunner, QueueingMockRunner, partial(QueueingMockRunner, at_once=True)]
 )
 
 
@@ -65,8 +70,13 @@ WINDOWS = (0, 20)
 class World:
     """An engine, what was asked of it, and what came back."""
 
-    def __init__(self, options: dict[str, Any], failures: frozenset[int]) -> None:
-        self.runner = MockRunner(windows=WINDOWS, fail_at_steps=failures)
+    def __init__(
+        self,
+        make_runner: Callable[..., MockRunner],
+        options: dict[str, Any],
+        failures: frozenset[int],
+    ) -> None:
+        self.runner = make_runner(windows=WINDOWS, fail_at_steps=failures)
         self.engine = make_engine(self.runner, clock=Clock(0.0002), **options)
         self.asked: dict[int, dict[str, Any]] = {}
         self.cancelled: set[int] = set()
@@ -129,12 +139,20 @@ class World:
         assert "".join(o.text for o in mine) == finished.text
 
 
-@given(options=ENGINES, actions=ACTIONS, failures=st.frozensets(st.integers(0, 40), max_size=3))
-@settings(max_examples=120)
+@given(
+    make_runner=RUNNERS,
+    options=ENGINES,
+    actions=ACTIONS,
+    failures=st.frozensets(st.integers(0, 40), max_size=3),
+)
+@settings(max_examples=240)
 def test_every_request_is_answered_once_and_correctly(
-    options: dict[str, Any], actions: list[Any], failures: frozenset[int]
+    make_runner: Callable[..., MockRunner],
+    options: dict[str, Any],
+    actions: list[Any],
+    failures: frozenset[int],
 ) -> None:
-    world = World(options, isolated(failures))
+    world = World(make_runner, options, isolated(failures))
     for action in actions:
         world.do(action)
     world.finish()

@@ -19,6 +19,8 @@ from sagellm.engine.engine import Engine
 from sagellm.engine.output import SequenceOutput, response_of
 from sagellm.protocol import ErrorCode
 
+pytestmark = pytest.mark.usefixtures("every_runner")
+
 
 def scored(outputs: list[SequenceOutput], key: int) -> list[SampledRow | None]:
     """What came with the first output of a request, and with no other."""

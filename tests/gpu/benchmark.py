@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ class Benchmarks:
             case = f"Llama 8B bf16, batch {batch}, 1K"
             self._time("model", case, "sagellm, step", step * 1e6, (bound + kv) * 1e6)
             self._time("model", case, "sagellm, host", host * 1e6)
+            queued = decode.measure_queue(batch)
+            self._time("model", case, "sagellm, step of a queue", queued * 1e6, (bound + kv) * 1e6)
             self.report.add(
                 area="model", case=case, what="sagellm", value=batch / step, unit="tok/s",
                 bound=batch / (bound + kv),
@@ -236,6 +239,20 @@ class Decode:
             times.append(time.perf_counter() - start)
             hosts.append(self.runner.launch_seconds)
         return float(np.median(times[4:])), float(np.median(hosts[4:]))
+
+    def measure_queue(self, count: int, steps: int = 48) -> float:
+        """Median seconds from step to step with two queued, each fed by the tokens of the last."""
+        rows = tuple(SamplingRow() for _ in range(count))
+        sources = np.arange(count, dtype=np.int32)
+        self.runner.launch(self.batch(count, CONTEXT), rows)
+        ends = []
+        for i in range(1, steps):
+            batch = replace(self.batch(count, CONTEXT + i), token_sources=sources)
+            self.runner.launch(batch, rows)
+            self.runner.finish()
+            ends.append(time.perf_counter())
+        self.runner.finish()
+        return float(np.median(np.diff(ends[8:])))
 
     def prefill(self, report: Report, matrix: float) -> None:
         count = 4096

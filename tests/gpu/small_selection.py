@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from gpu.benchmark import Decode
@@ -39,6 +41,13 @@ def main() -> None:
     print(runner.step(prompt, (drawn,), return_logits=True, return_hidden=True).rows)
     for step in range(3):
         print(runner.step(decode.batch(3, 1024 + step), (SamplingRow(), drawn, drawn)).rows)
+    rows = (SamplingRow(), drawn, drawn)
+    runner.launch(decode.batch(3, 1027), rows)
+    for step in range(3):
+        sources = np.arange(3, dtype=np.int32)
+        runner.launch(replace(decode.batch(3, 1028 + step), token_sources=sources), rows)
+        print(runner.finish().rows)
+    print(runner.finish().rows)
     print(f"graphs and replays: {runner.graph_counts}")
     runner.close()
 

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
@@ -76,6 +77,46 @@ std::unique_ptr<cuda::Decoder> make_decoder(const model::ModelConfig& config,
   return std::make_unique<cuda::Decoder>(config, tensors, options);
 }
 
+void def_queue(py::class_<cuda::Decoder>& cls) {
+  using bindings::Indices;
+  const auto launch = [reader = bindings::RowReader()](
+                          cuda::Decoder& decoder, const Indices& token_ids,
+                          const Indices& positions, const Indices& query_starts,
+                          const Indices& block_tables, const Indices& block_copies,
+                          const Indices& logit_rows, const py::sequence& sampling,
+                          const std::optional<Indices>& token_sources) {
+    const model::ForwardBatch batch = bindings::batch_of(token_ids, positions, query_starts,
+                                                         block_tables, block_copies, logit_rows);
+    std::vector<py::object> keep;
+    const std::vector<sample::RowParams> params =
+        bindings::params_of(reader, sampling, decoder.config().vocab_size, keep);
+    std::span<const int32_t> sources;
+    if (token_sources) sources = bindings::span_of(*token_sources);
+    const py::gil_scoped_release release;
+    decoder.launch(batch, params, sources);
+  };
+  cls.def("launch", launch, "token_ids"_a.noconvert(), "positions"_a.noconvert(),
+          "query_starts"_a.noconvert(), "block_tables"_a.noconvert(), "block_copies"_a.noconvert(),
+          "logit_rows"_a.noconvert(), "sampling"_a, "token_sources"_a.noconvert() = py::none(),
+          "Queues a step; see sagellm.backends.interface.QueueingRunner.");
+  cls.def(
+      "finish",
+      [](cuda::Decoder& decoder) {
+        cuda::StepResult result;
+        {
+          const py::gil_scoped_release release;
+          result = decoder.wait();
+        }
+        py::tuple rows(result.sampled.size());
+        for (size_t i = 0; i < rows.size(); ++i) {
+          rows[i] = bindings::to_tuple(result.sampled[i], result.num_logprobs[i]);
+        }
+        return rows;
+      },
+      "Waits for the oldest queued step: tuples as those of `step`.");
+  cls.def_property_readonly("num_in_flight", &cuda::Decoder::num_in_flight);
+}
+
 }  // namespace
 
 void register_model(py::module_& m) {
@@ -90,10 +131,8 @@ void register_model(py::module_& m) {
   bindings::def_step<Decoder, cuda::StepOutputs>(
       decoder, "See _core.model.Decoder.step.",
       [](Decoder& d, const model::ForwardBatch& batch, std::span<const sample::RowParams> params,
-         const cuda::StepOutputs& outputs) {
-        d.launch(batch, params, outputs);
-        d.wait();
-      });
+         const cuda::StepOutputs& outputs) { d.step(batch, params, outputs); });
+  def_queue(decoder);
   decoder
       .def(py::init(&make_decoder), py::kw_only(), "config"_a, "sources"_a, "device"_a,
            "max_batch_tokens"_a, "max_graph_sequences"_a = 256, "kv_dtype"_a = "auto",

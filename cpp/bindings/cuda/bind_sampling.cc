@@ -134,7 +134,6 @@ py::tuple sample_rows(const DeviceArray& logits, const py::sequence& rows) {
       static_cast<int64_t>(sampling_workspace_bytes(p.num_rows, p.vocab)));
   std::vector<SampledToken> tokens(rows.size());
   kernels::cuda::sample_tokens(p, nullptr);
-  count_sampled({p.rows, p.out, p.num_rows}, nullptr);
   cuda::copy_to_host(tokens.data(), p.out, tokens.size() * sizeof(SampledToken), nullptr);
   cuda::synchronize(nullptr);
   std::vector<sample::Result> results;

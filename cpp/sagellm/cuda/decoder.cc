@@ -62,7 +62,7 @@ Decoder::Decoder(model::ModelConfig config, const HostTensors& tensors,
                .fp8_tensor_cores = 10 * device_.major + device_.minor >= 89,
                .library = library_}),
       forward_(config_, weights_, linear_, stream_, options.max_batch_tokens, head_rows_),
-      sampler_(config_.vocab_size, forward_.vocab_stride(), head_rows_) {}
+      sampler_(config_.vocab_size, forward_.vocab_stride(), options.max_batch_tokens, head_rows_) {}
 
 Decoder::~Decoder() { drain(); }  // nothing may use memory that is freed now
 
@@ -143,11 +143,25 @@ size_t Decoder::num_graphs() const {
   }));
 }
 
+void Decoder::step(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
+                   const StepOutputs& outputs) {
+  require<InvalidArgument>(num_in_flight() == 0, "a step is in flight; wait for it first");
+  require<InvalidArgument>(outputs.sampled.size() == sampling.size(),
+                           "sampled and sampling differ in length");
+  queue(batch, sampling, {}, outputs);
+  std::ranges::move(wait().sampled, outputs.sampled.begin());
+}
+
 void Decoder::launch(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
-                     const StepOutputs& outputs) {
+                     std::span<const int32_t> token_sources) {
+  queue(batch, sampling, token_sources, {});
+}
+
+void Decoder::queue(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
+                    std::span<const int32_t> token_sources, const StepOutputs& outputs) {
   const auto start = std::chrono::steady_clock::now();
   require<InvalidArgument>(kv_ != nullptr, "no KV pages are allocated");
-  require<InvalidArgument>(!in_flight_, "the step before this one has not been waited for");
+  require<InvalidArgument>(num_in_flight() < 2, "two steps are in flight; wait for the older one");
   model::validate(batch, config_,
                   {.max_batch_tokens = options_.max_batch_tokens,
                    .num_blocks = kv_->options().num_blocks,
@@ -155,37 +169,54 @@ void Decoder::launch(const model::ForwardBatch& batch, std::span<const sample::R
   require<InvalidArgument>(sampling.empty() || sampling.size() == batch.logit_rows.size(),
                            "sampling has ", sampling.size(), " entries for ",
                            batch.logit_rows.size(), " logit rows");
-  require<InvalidArgument>(outputs.sampled.size() == sampling.size(),
-                           "sampled and sampling differ in length");
+  check_sources(token_sources, batch.num_tokens());
   select_device(options_.device);
   const bool decode = is_decode(batch);
-  outputs_ = outputs;
   num_rows_ = batch.num_logit_rows();
-  prepare(batch, sampling, decode);
+  prepare(batch, sampling, token_sources, decode);
+  present().num_rows = static_cast<int32_t>(sampling.size());
   try {
-    copy_to_device(upload_.data(), pinned_.data(), upload_bytes_, stream_.get());
+    copy_to_device(upload_.data(), present().upload.data(), upload_bytes_, stream_.get());
     kv_->copy_blocks(batch.block_copies, stream_);
+    if (!token_sources.empty()) {
+      sampler_.take(reinterpret_cast<int32_t*>(upload_.data() + at_.token_ids),
+                    reinterpret_cast<const int32_t*>(upload_.data() + at_.token_sources),
+                    batch.num_tokens(), stream_);
+    }
     if (decode) {
       run_recorded();
     } else {
       forward_.run(arrays_, *kv_, *attention_);
     }
-    output(decode);
+    output(outputs, decode);
+    present().done.record(stream_);
   } catch (...) {
-    drain();  // what was queued writes to the caller's arrays and reads the upload
+    drain();  // what was queued reads the upload, and may write to the caller's arrays
     throw;
   }
-  in_flight_ = true;
+  ++num_launched_;
   launch_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void Decoder::wait() {
-  require<InvalidArgument>(in_flight_, "no step was launched");
-  in_flight_ = false;
+void Decoder::check_sources(std::span<const int32_t> sources, int32_t num_tokens) const {
+  if (sources.empty()) return;
+  require<InvalidArgument>(static_cast<int32_t>(sources.size()) == num_tokens, "token_sources has ",
+                           sources.size(), " entries for ", num_tokens, " tokens");
+  require<InvalidArgument>(num_in_flight() > 0, "token_sources name a step, and none is in flight");
+  const int32_t rows = flights_[static_cast<size_t>((num_launched_ - 1) % 2)].num_rows;
+  for (const int32_t row : sources) {
+    require<InvalidArgument>(row >= -1 && row < rows, "token_sources has ", row,
+                             "; the step before chooses ", rows, " tokens");
+  }
+}
+
+StepResult Decoder::wait() {
+  require<InvalidArgument>(num_in_flight() > 0, "no step was launched");
+  Flight& flight = flights_[static_cast<size_t>(num_finished_++ % 2)];
   select_device(options_.device);
-  stream_.synchronize();
-  sampler_.finish(outputs_.sampled);
-  outputs_ = {};
+  flight.done.synchronize();
+  if (flight.num_rows == 0) return {};
+  return {.sampled = flight.choices.results(), .num_logprobs = flight.choices.num_logprobs};
 }
 
 /// One token of every sequence, and the logits of all: a step whose launches depend on few sizes.
@@ -196,16 +227,18 @@ bool Decoder::is_decode(const model::ForwardBatch& batch) const {
 }
 
 void Decoder::reserve_upload(size_t bytes) {
-  if (pinned_.size() >= bytes) return;
-  stream_.synchronize();
-  graphs_.clear();  // they read the old upload
-  upload_ = DeviceBuffer();
-  upload_ = DeviceBuffer(std::max(bytes, 2 * pinned_.size()));
-  pinned_ = PinnedBuffer(upload_.size());
+  if (upload_.size() < bytes) {
+    stream_.synchronize();
+    graphs_.clear();  // they read the old upload
+    const size_t grown = std::max(bytes, 2 * upload_.size());
+    upload_ = DeviceBuffer();
+    upload_ = DeviceBuffer(grown);
+  }
+  if (present().upload.size() < bytes) present().upload = PinnedBuffer(upload_.size());
 }
 
 void Decoder::prepare(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
-                      bool decode) {
+                      std::span<const int32_t> token_sources, bool decode) {
   shape_ = {.tokens = batch.num_tokens(),
             .sequences = batch.num_sequences(),
             .logit_rows = batch.num_logit_rows(),
@@ -219,7 +252,7 @@ void Decoder::prepare(const model::ForwardBatch& batch, std::span<const sample::
   shape_.samples = !sampling.empty();
   at_ = step_layout(shape_, batch.num_groups, {});
   reserve_upload(at_.bytes);
-  write_inputs(batch);
+  write_inputs(batch, token_sources);
   const bool moved = attention_->plan({.query_starts = query_starts_,
                                        .positions = pinned<int32_t>(at_.positions),
                                        .block_tables = pinned<int32_t>(at_.block_tables)},
@@ -228,12 +261,14 @@ void Decoder::prepare(const model::ForwardBatch& batch, std::span<const sample::
   const std::vector<int64_t>& words = attention_->words();
   at_ = step_layout(shape_, batch.num_groups, words);
   const int32_t padding = decode && shape_.samples ? shape_.logit_rows - num_rows_ : 0;
-  upload_bytes_ = at_.bytes + sampler_.measure(sampling, padding, stream_);
-  if (pinned_.size() < upload_bytes_) {
+  Choices& choices = present().choices;
+  upload_bytes_ = at_.bytes + sampler_.measure(sampling, padding, choices, stream_);
+  if (upload_.size() < upload_bytes_ || present().upload.size() < upload_bytes_) {
     reserve_upload(upload_bytes_);
-    write_inputs(batch);
+    write_inputs(batch, token_sources);
   }
-  sampler_.write(sampling, padding, pinned_.data() + at_.bytes, upload_.data() + at_.bytes);
+  sampler_.write(sampling, padding, choices, pinned<std::byte>(at_.bytes),
+                 upload_.data() + at_.bytes);
   for (size_t i = 0; i < words.size(); ++i) attention_->write(i, pinned<int32_t>(at_.plans[i]));
   find_arrays();
 }
@@ -254,7 +289,8 @@ void Decoder::find_arrays() {
 }
 
 /// Padding: token 0 at position 0 of a sequence of its own, whose blocks are block 0, not stored.
-void Decoder::write_inputs(const model::ForwardBatch& batch) {
+void Decoder::write_inputs(const model::ForwardBatch& batch,
+                           std::span<const int32_t> token_sources) {
   const int32_t block_size = kv_->options().block_size;
   const auto copy_padded = [&](size_t offset, std::span<const int32_t> values, int32_t count) {
     int32_t* to = pinned<int32_t>(offset);
@@ -262,6 +298,7 @@ void Decoder::write_inputs(const model::ForwardBatch& batch) {
     std::fill(to + values.size(), to + count, 0);
   };
   copy_padded(at_.token_ids, batch.token_ids, shape_.tokens);
+  std::ranges::copy(token_sources, pinned<int32_t>(at_.token_sources));
   copy_padded(at_.positions, batch.positions, shape_.tokens);
   copy_padded(at_.logit_rows, batch.logit_rows, shape_.logit_rows);
   query_starts_.assign(batch.query_starts.begin(), batch.query_starts.end());
@@ -306,14 +343,14 @@ void Decoder::run_recorded() {
 
 /// What the step has computed, on its way to the caller; a step that is not recorded has its output
 /// head here, some rows at a time.
-void Decoder::output(bool decode) {
+void Decoder::output(const StepOutputs& outputs, bool decode) {
   if (num_rows_ == 0) return;
-  if (outputs_.hidden != nullptr) {
+  if (outputs.hidden != nullptr) {
     const auto bytes = sizeof(float) * static_cast<size_t>(config_.hidden_size);
-    copy_to_host(outputs_.hidden, forward_.hidden(num_rows_),
-                 bytes * static_cast<size_t>(num_rows_), stream_.get());
+    copy_to_host(outputs.hidden, forward_.hidden(num_rows_), bytes * static_cast<size_t>(num_rows_),
+                 stream_.get());
   }
-  if (!shape_.samples && outputs_.logits == nullptr) return;
+  if (!shape_.samples && outputs.logits == nullptr) return;
   for (int32_t first = 0; first < num_rows_; first += head_rows_) {
     const int32_t count = std::min(head_rows_, num_rows_ - first);
     if (!decode) {
@@ -323,11 +360,11 @@ void Decoder::output(bool decode) {
         sampler_.choose(forward_.logits(), first, count, stream_);
       }
     }
-    if (outputs_.logits != nullptr) {
-      copy_rows_to_host(outputs_.logits + int64_t{first} * config_.vocab_size, config_.vocab_size,
+    if (outputs.logits != nullptr) {
+      copy_rows_to_host(outputs.logits + int64_t{first} * config_.vocab_size, config_.vocab_size,
                         forward_.logits(), forward_.vocab_stride(), count, stream_.get());
     }
-    if (shape_.samples) sampler_.fetch(first, count, stream_);
+    if (shape_.samples) sampler_.fetch(first, count, present().choices, stream_);
   }
 }
 

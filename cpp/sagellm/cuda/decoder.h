@@ -1,5 +1,6 @@
 // The dense decoder family (Llama, Qwen2, Qwen3, Gemma 2/3) on a CUDA device, with the contract of
-// model::Decoder: one call per engine step.
+// model::Decoder: one call per engine step, or two: `launch` queues a step and `wait` takes the
+// result of the oldest, so that the host prepares one while the device works on another.
 //
 // A step is one upload of all its metadata from pinned memory, launches on one stream, and one
 // small download. Decode steps (one token of every sequence) are padded to the next of a few
@@ -10,6 +11,7 @@
 // the choice of tokens.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -42,11 +44,17 @@ struct DecoderOptions {
   std::vector<std::string> cublas_folders;
 };
 
-/// Where the results of a step go. Each has one row per logit row.
+/// Where arrays of a step go that are asked for, with one row per logit row.
 struct StepOutputs {
-  std::span<sample::Result> sampled = {};  // as long as the sampling rules
+  std::span<sample::Result> sampled = {};  // as long as the sampling rules; see Decoder::step
   float* logits = nullptr;                 // [R, vocab_size], nullable
   float* hidden = nullptr;                 // [R, hidden_size] after the final norm, nullable
+};
+
+/// What a step has chosen, one entry per sampling rule.
+struct StepResult {
+  std::vector<sample::Result> sampled;
+  std::vector<int32_t> num_logprobs;  // as asked for, at most the vocabulary
 };
 
 class Decoder {
@@ -63,13 +71,19 @@ class Decoder {
   /// Bytes of one block of all layers.
   int64_t kv_bytes_per_block(int32_t block_size) const;
 
-  /// Queues a step. `sampling` is empty or has one entry per logit row. Throws InvalidArgument
-  /// before touching any state when the batch is malformed. What `outputs` points to stays alive
-  /// until `wait` has returned; one step at a time.
+  /// Computes a step, with no other in flight. `sampling` is empty or has one entry per logit row.
+  /// Throws InvalidArgument before touching any state when the batch is malformed, and DeviceError
+  /// when the device failed.
+  void step(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
+            const StepOutputs& outputs);
+  /// Queues a step behind at most one that is in flight; its arguments may change afterwards.
+  /// `token_sources` is empty, or has for each token the logit row of the step before that chooses
+  /// it, or -1: token_ids. Throws as `step` does, and then leaves the queue as it was.
   void launch(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
-              const StepOutputs& outputs);
-  /// Waits for the queued step and fills its outputs; throws DeviceError when the device failed.
-  void wait();
+              std::span<const int32_t> token_sources);
+  /// Waits for the oldest step in flight; throws DeviceError when the device failed.
+  StepResult wait();
+  int32_t num_in_flight() const { return static_cast<int32_t>(num_launched_ - num_finished_); }
 
   const model::ModelConfig& config() const { return config_; }
   const DeviceWeights& weights() const { return weights_; }
@@ -86,6 +100,13 @@ class Decoder {
   double launch_seconds() const { return launch_seconds_; }
 
  private:
+  /// What belongs to one step until it is done.
+  struct Flight {
+    PinnedBuffer upload;
+    Choices choices;
+    int32_t num_rows = 0;  // that choose tokens
+    Event done;
+  };
   struct ShapeHash {
     size_t operator()(const StepShape& shape) const;
   };
@@ -94,17 +115,22 @@ class Decoder {
   void check_supported() const;
   KvPoolOptions pool_options(int64_t num_blocks, int32_t block_size) const;
   bool is_decode(const model::ForwardBatch& batch) const;
+  void queue(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
+             std::span<const int32_t> token_sources, const StepOutputs& outputs);
+  void check_sources(std::span<const int32_t> sources, int32_t num_tokens) const;
   void reserve_upload(size_t bytes);
   void prepare(const model::ForwardBatch& batch, std::span<const sample::RowParams> sampling,
-               bool decode);
-  void write_inputs(const model::ForwardBatch& batch);
+               std::span<const int32_t> token_sources, bool decode);
+  void write_inputs(const model::ForwardBatch& batch, std::span<const int32_t> token_sources);
   void find_arrays();
   void run_recorded();
-  void output(bool decode);
+  void output(const StepOutputs& outputs, bool decode);
 
+  /// The step that is being launched.
+  Flight& present() { return flights_[static_cast<size_t>(num_launched_ % 2)]; }
   template <typename T>
-  T* pinned(size_t offset) const {
-    return reinterpret_cast<T*>(pinned_.data() + offset);
+  T* pinned(size_t offset) {
+    return reinterpret_cast<T*>(present().upload.data() + offset);
   }
 
   const model::ModelConfig config_;
@@ -121,17 +147,18 @@ class Decoder {
   std::unique_ptr<KvPool> kv_;
   std::unique_ptr<LayerAttention> attention_;
 
-  // The present step.
-  std::vector<int32_t> query_starts_;
-  PinnedBuffer pinned_;
+  std::array<Flight, 2> flights_;
+  int64_t num_launched_ = 0;
+  int64_t num_finished_ = 0;
   DeviceBuffer upload_;
+
+  // The step that is being launched.
+  std::vector<int32_t> query_starts_;
   StepShape shape_;
   StepLayout at_;
   StepArrays arrays_;
   size_t upload_bytes_ = 0;  // at_, then the sampling rows
-  StepOutputs outputs_;
-  int32_t num_rows_ = 0;  // logit rows of the caller
-  bool in_flight_ = false;
+  int32_t num_rows_ = 0;     // logit rows of the caller
 
   std::unordered_map<StepShape, Graph, ShapeHash> graphs_;  // empty until seen twice
   int64_t graph_replays_ = 0;

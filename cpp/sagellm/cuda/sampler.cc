@@ -77,12 +77,28 @@ const char* reason(SampleStatus status) {
 
 }  // namespace
 
-Sampler::Sampler(int64_t vocab, int64_t logits_stride, int32_t max_rows)
-    : vocab_(static_cast<int32_t>(vocab)), stride_(logits_stride), max_rows_(max_rows) {
+std::vector<sample::Result> Choices::results() const {
+  std::vector<sample::Result> results(errors.size());
+  for (size_t i = 0; i < results.size(); ++i) {
+    const SampledToken& from = tokens.as<SampledToken>()[i];
+    sample::Result& result = results[i];
+    result.error = errors[i].empty() ? reason(from.status) : errors[i];
+    if (!result.error.empty()) continue;
+    result.token_id = from.token_id;
+    result.logprob = from.logprob;
+    const int32_t top = std::max(num_logprobs[i], 0);
+    result.top_ids.assign(from.top_ids, from.top_ids + top);
+    result.top_logprobs.assign(from.top_logprobs, from.top_logprobs + top);
+  }
+  return results;
+}
+
+Sampler::Sampler(int64_t vocab, int64_t logits_stride, int32_t max_rows, int32_t pass_rows)
+    : vocab_(static_cast<int32_t>(vocab)), stride_(logits_stride), pass_rows_(pass_rows) {
   require<Unsupported>(vocab <= kernels::cuda::kMaxSamplingVocab, "the vocabulary has ", vocab,
                        " tokens; a CUDA device samples from at most ",
                        kernels::cuda::kMaxSamplingVocab);
-  workspace_ = DeviceBuffer(kernels::cuda::sampling_workspace_bytes(max_rows, vocab_));
+  workspace_ = DeviceBuffer(kernels::cuda::sampling_workspace_bytes(pass_rows, vocab_));
   sampled_ = DeviceBuffer(static_cast<size_t>(max_rows) * sizeof(SampledToken));
 }
 
@@ -90,19 +106,20 @@ size_t Sampler::bytes() const {
   return adjusted_.size() + counts_.size() + workspace_.size() + sampled_.size();
 }
 
-size_t Sampler::measure(std::span<const RowParams> rows, int32_t padding, const Stream& stream) {
-  errors_.assign(rows.size(), {});
-  num_logprobs_.assign(rows.size(), -1);
+size_t Sampler::measure(std::span<const RowParams> rows, int32_t padding, Choices& choices,
+                        const Stream& stream) {
+  choices.errors.assign(rows.size(), {});
+  choices.num_logprobs.assign(rows.size(), -1);
   Pieces pieces;
   pieces.take((rows.size() + static_cast<size_t>(padding)) * sizeof(SamplingRow));
   int64_t adjusted = 0, counted = 0;  // most in one pass
   int64_t adjusted_now = 0, counted_now = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (i % static_cast<size_t>(max_rows_) == 0) adjusted_now = counted_now = 0;
+    if (i % static_cast<size_t>(pass_rows_) == 0) adjusted_now = counted_now = 0;
     const RowParams& row = rows[i];
-    errors_[i] = error_of(row, vocab_);
-    if (!errors_[i].empty()) continue;
-    num_logprobs_[i] = row.num_logprobs;
+    choices.errors[i] = error_of(row, vocab_);
+    if (!choices.errors[i].empty()) continue;
+    choices.num_logprobs[i] = std::min(row.num_logprobs, vocab_);
     pieces.take(static_cast<size_t>(row.num_bias) * 4);
     pieces.take(static_cast<size_t>(row.num_bias) * 4);
     if (row.allowed != nullptr) pieces.take(allowed_bytes(vocab_));
@@ -112,13 +129,13 @@ size_t Sampler::measure(std::span<const RowParams> rows, int32_t padding, const 
   }
   grow(adjusted_, adjusted * stride_ * int64_t{sizeof(float)}, stream);
   grow(counts_, counted * stride_ * int64_t{sizeof(uint32_t)}, stream);
-  const size_t result_bytes = rows.size() * sizeof(SampledToken);
-  if (results_.size() < result_bytes) results_ = PinnedBuffer(result_bytes);
+  const size_t bytes = rows.size() * sizeof(SampledToken);
+  if (choices.tokens.size() < bytes) choices.tokens = PinnedBuffer(bytes);
   return pieces.end();
 }
 
-void Sampler::write(std::span<const RowParams> rows, int32_t padding, std::byte* host,
-                    std::byte* device) {
+void Sampler::write(std::span<const RowParams> rows, int32_t padding, const Choices& choices,
+                    std::byte* host, std::byte* device) {
   histories_.clear();
   rows_ = reinterpret_cast<const SamplingRow*>(device);
   Pieces pieces;
@@ -132,10 +149,10 @@ void Sampler::write(std::span<const RowParams> rows, int32_t padding, std::byte*
   };
   int64_t adjusted = 0, counted = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (i % static_cast<size_t>(max_rows_) == 0) adjusted = counted = 0;
+    if (i % static_cast<size_t>(pass_rows_) == 0) adjusted = counted = 0;
     const RowParams& from = rows[i];
     SamplingRow row;
-    if (!errors_[i].empty()) {  // chooses something that nobody looks at
+    if (!choices.errors[i].empty()) {  // chooses something that nobody looks at
       std::memcpy(out + i, &row, sizeof row);
       continue;
     }
@@ -147,7 +164,7 @@ void Sampler::write(std::span<const RowParams> rows, int32_t padding, std::byte*
     row.repetition_penalty = from.repetition_penalty;
     row.presence_penalty = from.presence_penalty;
     row.frequency_penalty = from.frequency_penalty;
-    row.num_logprobs = std::min(from.num_logprobs, vocab_);
+    row.num_logprobs = choices.num_logprobs[i];
     row.forced_token = from.forced_token;
     if (from.num_bias > 0) {
       const auto bytes = static_cast<size_t>(from.num_bias) * 4;
@@ -169,6 +186,16 @@ void Sampler::write(std::span<const RowParams> rows, int32_t padding, std::byte*
     if (adjusts(from)) row.adjusted = adjusted_.as<float>() + adjusted++ * stride_;
     std::memcpy(out + i, &row, sizeof row);
   }
+}
+
+void Sampler::take(int32_t* token_ids, const int32_t* sources, int32_t count,
+                   const Stream& stream) const {
+  kernels::cuda::TakeSampledParams p;
+  p.token_ids = token_ids;
+  p.sources = sources;
+  p.sampled = sampled_.as<SampledToken>();
+  p.num_tokens = count;
+  kernels::cuda::take_sampled(p, stream.get());
 }
 
 void Sampler::count(int32_t first, int32_t count, const Stream& stream) const {
@@ -197,31 +224,17 @@ void Sampler::choose(const float* logits, int32_t first, int32_t count,
   p.logits = logits;
   p.logits_stride = stride_;
   p.rows = rows_ + first;
-  p.out = sampled_.as<SampledToken>();
+  p.out = sampled_.as<SampledToken>() + first;
   p.workspace = workspace_.data();
   p.num_rows = count;
   p.vocab = vocab_;
   kernels::cuda::sample_tokens(p, stream.get());
 }
 
-void Sampler::fetch(int32_t first, int32_t count, const Stream& stream) const {
-  copy_to_host(results_.as<SampledToken>() + first, sampled_.data(),
+void Sampler::fetch(int32_t first, int32_t count, const Choices& choices,
+                    const Stream& stream) const {
+  copy_to_host(choices.tokens.as<SampledToken>() + first, sampled_.as<SampledToken>() + first,
                static_cast<size_t>(count) * sizeof(SampledToken), stream.get());
-}
-
-void Sampler::finish(std::span<sample::Result> results) const {
-  for (size_t i = 0; i < results.size(); ++i) {
-    const SampledToken& from = results_.as<SampledToken>()[i];
-    sample::Result& result = results[i];
-    result = {};
-    result.error = errors_[i].empty() ? reason(from.status) : errors_[i];
-    if (!result.error.empty()) continue;
-    result.token_id = from.token_id;
-    result.logprob = from.logprob;
-    const int32_t top = std::clamp(num_logprobs_[i], 0, vocab_);
-    result.top_ids.assign(from.top_ids, from.top_ids + top);
-    result.top_logprobs.assign(from.top_logprobs, from.top_logprobs + top);
-  }
 }
 
 }  // namespace sagellm::cuda

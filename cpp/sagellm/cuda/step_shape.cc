@@ -44,6 +44,7 @@ StepLayout step_layout(const StepShape& shape, int32_t num_groups,
     return begin;
   };
   at.token_ids = take(shape.tokens);
+  at.token_sources = take(shape.tokens);
   at.positions = take(shape.tokens);
   at.slots = take(int64_t{num_groups} * shape.tokens);
   at.logit_rows = take(shape.logit_rows);

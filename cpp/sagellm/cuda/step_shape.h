@@ -33,6 +33,7 @@ std::vector<int32_t> decode_bucket_sizes(int32_t max_sequences);
 /// Byte offsets of the arrays of a step in its upload, each a multiple of 16.
 struct StepLayout {
   size_t token_ids = 0;       // int32 [tokens]
+  size_t token_sources = 0;   // int32 [tokens]: see Decoder::launch
   size_t positions = 0;       // int32 [tokens]
   size_t slots = 0;           // int32 [groups][tokens]: where K and V go, see QkvParams
   size_t logit_rows = 0;      // int32 [logit_rows]

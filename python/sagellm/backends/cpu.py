@@ -50,6 +50,11 @@ def available_threads() -> int:
 _as_row = partial(tuple.__new__, SampledRow)  # of a tuple of its fields; no Python per row
 
 
+def as_rows(tuples: tuple[tuple[Any, ...], ...]) -> tuple[SampledRow, ...]:
+    """The rows of a native step."""
+    return tuple(map(_as_row, tuples))
+
+
 class NativeStep:
     """``ModelRunner.step`` on a native module's ``model.Decoder``."""
 
@@ -75,7 +80,7 @@ class NativeStep:
             return_logits,
             return_hidden,
         )
-        return StepOutput(rows=tuple(map(_as_row, rows)), logits=logits, hidden=hidden)
+        return StepOutput(rows=as_rows(rows), logits=logits, hidden=hidden)
 
 
 class CpuRunner(NativeStep):

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sagellm.backends.cpu import NativeStep, native_config
+from sagellm.backends.cpu import NativeStep, as_rows, native_config
+from sagellm.backends.interface import StepOutput
 from sagellm.errors import DeviceUnavailableError, InvalidArgumentError, SagellmError
 from sagellm.kv import create_kv_cache, plan_kv_groups
 
 if TYPE_CHECKING:
+    from sagellm.backends.interface import ForwardBatch, SamplingRow
     from sagellm.checkpoint import Checkpoint
     from sagellm.checkpoint.config import ModelConfig
     from sagellm.kv.interface import KvCache, KvGroup
@@ -86,7 +88,7 @@ def self_test(module: ModuleType) -> str | None:
 
 
 class CudaRunner(NativeStep):
-    """Runs a checkpoint on the kernels of ``_cuda``.
+    """Runs a checkpoint on the kernels of ``_cuda``; a ``QueueingRunner``.
 
     Args:
         checkpoint: An opened model; its weights are copied to the device.
@@ -214,6 +216,23 @@ class CudaRunner(NativeStep):
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one KV block of ``block_size`` tokens."""
         return int(self._decoder.kv_bytes_per_block(block_size))
+
+    def launch(self, batch: ForwardBatch, sampling: tuple[SamplingRow, ...]) -> None:
+        """Queues a step; see ``QueueingRunner.launch``."""
+        self._decoder.launch(
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.block_tables,
+            batch.block_copies,
+            batch.logit_rows,
+            sampling,
+            batch.token_sources,
+        )
+
+    def finish(self) -> StepOutput:
+        """Waits for the oldest queued step; see ``QueueingRunner.finish``."""
+        return StepOutput(rows=as_rows(self._decoder.finish()))
 
     def allocate_kv(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ class ForwardBatch:
         block_tables: ``[G, S, B]`` int32, 0-padded, one plane per KV group.
         block_copies: ``[C, 2]`` int32 (source, destination), run before anything else.
         logit_rows: ``[R]`` int32 indices into the T tokens, ascending.
+        token_sources: ``[T]`` int32: the row of the step queued before whose token stands here, -1
+            for ``token_ids``. None unless that step is not finished; see ``QueueingRunner``.
     """
 
     token_ids: NDArray[np.int32]
@@ -32,6 +34,7 @@ class ForwardBatch:
     block_tables: NDArray[np.int32]
     block_copies: NDArray[np.int32]
     logit_rows: NDArray[np.int32]
+    token_sources: NDArray[np.int32] | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: built for every token
@@ -156,3 +159,26 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """Frees device memory; the runner is unusable afterwards."""
+
+
+@runtime_checkable
+class QueueingRunner(ModelRunner, Protocol):
+    """A runner whose device works on its own: the host prepares a step while one is computed.
+
+    ``launch`` queues a step, ``finish`` waits for the oldest that is queued, at most two at a time.
+    Steps run in the order in which they were queued, each as if those before were done, so that the
+    second may read tokens that the first has yet to choose. ``step`` is for an empty queue.
+    """
+
+    def launch(self, batch: ForwardBatch, sampling: tuple[SamplingRow, ...]) -> None:
+        """Queues a step; the arguments may change as soon as this returns.
+
+        A row that chose no token, because of an error, gives token 0 to the step behind it.
+
+        Raises:
+            InvalidArgumentError: A malformed batch, or two steps are queued already. As after any
+                other exception, the queue is what it was.
+        """
+
+    def finish(self) -> StepOutput:
+        """Waits for the oldest queued step, and takes it off the queue even when it failed."""

@@ -8,7 +8,9 @@ changes the output or raises, and a request's output depends on its own tokens a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from sagellm.kv.interface import KvGroup
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from sagellm.backends.interface import SampledRow
     from sagellm.kv.interface import KvCache
 
 BOS_ID = 256
@@ -221,6 +224,98 @@ class MockRunner:
             digest = _mix(digest + _mix(seen.astype(np.uint64) @ _WEIGHTS).sum(dtype=np.uint64))
         noise = _mix(digest + _IDS * _GOLDEN) >> np.uint64(40)
         return np.asarray(noise * (8.0 / (1 << 24)), dtype=np.float32)
+
+
+class QueueingMockRunner(MockRunner):
+    """A mock that implements ``QueueingRunner``.
+
+    Args:
+        at_once: Steps run when they are launched; else when they are waited for. A device does
+            neither, but anything in between.
+        fail_at_launches: Calls of ``launch`` (counted from 0) that raise RuntimeError.
+        **options: Of ``MockRunner``. A step that fails there fails when it is finished.
+    """
+
+    def __init__(
+        self,
+        *,
+        at_once: bool = False,
+        fail_at_launches: frozenset[int] = frozenset(),
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._at_once = at_once
+        self._fail_at_launches = fail_at_launches
+        self._num_launches = 0
+        self._queue: deque[tuple[ForwardBatch, tuple[SamplingRow, ...]]] = deque()
+        self._done: deque[StepOutput | Exception] = deque()
+        self._chosen: tuple[SampledRow, ...] = ()  # by the step that ran last
+        self.most_queued = 0
+
+    def step(
+        self,
+        batch: ForwardBatch,
+        sampling: tuple[SamplingRow, ...] = (),
+        *,
+        return_logits: bool = False,
+        return_hidden: bool = False,
+    ) -> StepOutput:
+        """See ``MockRunner``.
+
+        Raises:
+            InvalidArgumentError: A step is queued.
+        """
+        if self._num_queued > 0:
+            raise InvalidArgumentError("the step before this one has not been waited for")
+        return super().step(
+            batch, sampling, return_logits=return_logits, return_hidden=return_hidden
+        )
+
+    def launch(self, batch: ForwardBatch, sampling: tuple[SamplingRow, ...]) -> None:
+        """See ``QueueingRunner``."""
+        number = self._num_launches
+        self._num_launches += 1
+        if self._num_queued == 2:
+            raise InvalidArgumentError("two steps are queued already; finish one")
+        if batch.token_sources is not None and self._num_queued == 0:
+            raise InvalidArgumentError("token_sources without a step to choose the tokens")
+        if number in self._fail_at_launches:
+            raise RuntimeError(f"injected failure of launch {number}")
+        self._queue.append((deepcopy(batch), deepcopy(sampling)))
+        self.most_queued = max(self.most_queued, self._num_queued)
+        if self._at_once:
+            self._run_oldest()
+
+    def finish(self) -> StepOutput:
+        """See ``QueueingRunner``."""
+        if self._num_queued == 0:
+            raise InvalidArgumentError("no step was launched")
+        if not self._done:
+            self._run_oldest()
+        output = self._done.popleft()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    @property
+    def _num_queued(self) -> int:
+        return len(self._queue) + len(self._done)
+
+    def _run_oldest(self) -> None:
+        batch, sampling = self._queue.popleft()
+        if batch.token_sources is not None:
+            for place, row in enumerate(batch.token_sources):
+                if row >= 0:
+                    chosen = self._chosen[row].token_id if row < len(self._chosen) else 0
+                    batch.token_ids[place] = max(chosen, 0)
+        try:
+            output = super().step(batch, sampling)
+        except Exception as error:
+            self._chosen = ()
+            self._done.append(error)
+        else:
+            self._chosen = output.rows
+            self._done.append(output)
 
 
 _WEIGHTS = np.array([0x2545F4914F6CDD1D, 0xD6E8FEB86659FD93], dtype=np.uint64)

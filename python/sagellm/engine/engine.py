@@ -7,6 +7,10 @@ which raise on their own fail; that is safe because a step writes the same value
 each time. A row whose logits are not finite fails its own request. Whatever else goes wrong inside
 the step loop fails the requests that were running, and the engine goes on: every request is
 answered once.
+
+Where the device works on its own (``QueueingRunner``), a step is prepared and queued while the one
+before is computed, as long as nothing has to be decided by the tokens that it chooses. A sequence
+that turns out to have ended had one row too many; what it wrote nobody reads.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sagellm.engine.config import EngineConfig
+from sagellm.engine.executor import Executor
 from sagellm.engine.input_processor import InputProcessor
 from sagellm.engine.memory import peak_memory_mb, resolve_kv_plan
 from sagellm.engine.output import Finished, SequenceOutput, measure, output_of, scored, stages
@@ -24,7 +29,6 @@ from sagellm.engine.positions import Wanted, read_positions
 from sagellm.engine.request import Failure, RequestState, Sequence, Status
 from sagellm.engine.scheduler import Scheduler
 from sagellm.engine.speculation import create_drafter
-from sagellm.engine.step import StepPlan, build_batch
 from sagellm.engine.validation import Capacity, check_token_ids
 from sagellm.errors import InvalidArgumentError, QueueFullError, UnsupportedError
 
@@ -34,8 +38,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sagellm.backends.interface import ModelRunner, SampledRow, StepOutput
+    from sagellm.backends.interface import ModelRunner, SampledRow
+    from sagellm.engine.executor import Launched
     from sagellm.engine.speculation import Drafter
+    from sagellm.engine.step import StepPlan
     from sagellm.kv.interface import KvStats
     from sagellm.protocol import FinishReason, Request
     from sagellm.text import ChatTemplate, Tokenizer
@@ -134,6 +140,9 @@ class Engine:
             drafter or create_drafter(self.config),
         )
         self._states: dict[int, RequestState] = {}
+        self._executor = Executor(runner, self.kv)
+        self._launched: Launched | None = None  # under way between two calls of ``step``
+        self._held: list[SequenceOutput] = []  # for the next call to return
 
     # ---------------------------------------------------------------------- coming and going
 
@@ -213,7 +222,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do anything."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._launched is not None or bool(self._held)
 
     @property
     def num_waiting(self) -> int:
@@ -250,27 +259,45 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         """Advances every running sequence; returns what is new. Never raises an ``Exception``."""
-        outputs: list[SequenceOutput] = []
+        return self._advance(may_run_ahead=self._executor.runs_ahead)
+
+    def _advance(self, *, may_run_ahead: bool) -> list[SequenceOutput]:
+        """Completes one step: the one under way, else a new one."""
+        outputs, self._held = self._held, []
+        launched, self._launched = self._launched, None
         try:
-            plan = self._scheduler.schedule(self._clock())
-            for state, failure in plan.failures:
-                self._fail(state, failure, outputs)
-            if plan.sequences:
-                self._accept_all(self._execute(plan, outputs), outputs)
+            if launched is None:
+                launched = self._launch(outputs)
+            if launched is not None:
+                if may_run_ahead and launched.error is None:
+                    self._launch_behind(launched)
+                self._accept_all(self._complete(launched, outputs), outputs)
         except Exception as error:
             logger.exception("step %d failed outside of any one request", self.num_steps)
             self._num_failed_steps += 1
+            self._drop_launched()
             self._fail_involved(Failure.from_exception(error), outputs)
         self.num_steps += 1
         return outputs
 
-    def _execute(
-        self, plan: StepPlan, outputs: list[SequenceOutput]
+    def _launch(self, outputs: list[SequenceOutput]) -> Launched | None:
+        plan = self._scheduler.schedule(self._clock())
+        for state, failure in plan.failures:
+            self._fail(state, failure, outputs)
+        return self._executor.launch(plan) if plan.sequences else None
+
+    def _launch_behind(self, launched: Launched) -> None:
+        plan = self._scheduler.schedule_ahead(launched.plan, self._clock())
+        if plan is not None:
+            self._launched = self._executor.launch(plan)
+
+    def _complete(
+        self, launched: Launched, outputs: list[SequenceOutput]
     ) -> list[tuple[Sequence, list[SampledRow]]]:
-        """Runs a plan; after an exception, each of its sequences alone, without guesses."""
-        copies = self.kv.take_copies()
+        """Takes the result of a step; after an exception, computes each of its sequences alone."""
+        plan = launched.plan
         try:
-            output = self._run(plan, copies)
+            output = self._executor.finish(launched)
         except Exception:
             self._num_failed_steps += 1
             logger.exception(
@@ -278,13 +305,24 @@ class Engine:
             )
         else:
             return self._scheduler.commit(plan, output)
+        self._drop_launched()  # it was built on the one that failed; it will be planned again
+        return self._run_alone(plan, launched.copies, outputs)
+
+    def _drop_launched(self) -> None:
+        self._executor.drain()
+        self._launched = None
+
+    def _run_alone(
+        self, plan: StepPlan, copies: NDArray[np.int32], outputs: list[SequenceOutput]
+    ) -> list[tuple[Sequence, list[SampledRow]]]:
+        """Computes the sequences of a plan one by one, without guesses; fails those that raise."""
         sampled: list[tuple[Sequence, list[SampledRow]]] = []
         for index, sequence in enumerate(plan.sequences):
             if sequence.status is not Status.RUNNING:
-                continue  # another completion of its request failed
+                continue  # cancelled, or another completion of its request failed
             alone = plan.alone(index)
             try:
-                output = self._run(alone, copies)
+                output = self._executor.run(alone, copies)
             except Exception as error:
                 logger.error("sequence %d fails on its own: %s", sequence.sequence_id, error)
                 self._fail(sequence.state, Failure.from_exception(error), outputs)
@@ -292,13 +330,6 @@ class Engine:
             copies = copies[:0]  # done; once more they would undo what was written since
             sampled += self._scheduler.commit(alone, output)
         return sampled
-
-    def _run(self, plan: StepPlan, copies: NDArray[np.int32]) -> StepOutput:
-        batch, rows = build_batch(plan, self.kv, copies)
-        output = self.runner.step(batch, rows)
-        if len(output.rows) != len(rows):
-            raise RuntimeError(f"the backend returned {len(output.rows)} of {len(rows)} rows")
-        return output
 
     def _accept_all(
         self, sampled: list[tuple[Sequence, list[SampledRow]]], outputs: list[SequenceOutput]
@@ -427,6 +458,8 @@ class Engine:
             raise InvalidArgumentError(
                 f"{len(tokens)} tokens are more than max_model_len ({self.capacity.max_model_len})"
             )
+        if self._launched is not None:
+            self._held = self._advance(may_run_ahead=False)
         sequence_id, chunk = self._inputs.next_sequence_id(), self.config.chunk_tokens
         return read_positions(self.runner, self.kv, sequence_id, tokens, chunk, wanted)
 

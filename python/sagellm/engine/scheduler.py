@@ -15,6 +15,9 @@ Policy, in the order of ``schedule``:
 5. What is left of the token budget may go to guesses (see ``speculation``), within blocks that
    their sequences hold anyway: no guess ever takes a block, a place or a first token from anyone.
 
+``schedule_ahead`` plans a step behind one that is still computed, where none of this has anything
+to decide: everybody decodes, and nobody can come in.
+
 No sequence starves: the first in order is never preempted while another runs, and admission never
 overtakes. Running and waiting sequences are kept in two sorted lists. Nothing here touches a model.
 """
@@ -149,12 +152,51 @@ class Scheduler:
             self._draft_ahead(plan, self._drafter)
         return plan
 
+    def schedule_ahead(self, plan: StepPlan, now: float) -> StepPlan | None:
+        """Plans the decode step behind one whose tokens are not known yet.
+
+        Args:
+            plan: The last one, launched but not committed.
+            now: Unix seconds.
+
+        Returns:
+            A plan with ``sources``; None where the tokens must be known first: somebody may come in
+            or has to leave, a grammar, penalty or guess depends on them, or memory is short.
+        """
+        if self._admits() or (self._deadlines and self._deadlines[0][0] <= now):
+            return None
+        ahead = StepPlan(budget=self._max_batch_tokens)
+        sources: list[int] = []
+        num_running = 0
+        for sequence, row, drafted in zip(
+            plan.sequences, plan.sampled_rows, plan.drafts, strict=True
+        ):
+            if sequence.status is not _RUNNING:
+                continue  # ended since it was launched
+            num_running += 1
+            if row < 0 or drafted > 0 or sequence.children or sequence.sampling.needs_tokens:
+                return None
+            if sequence.num_tokens + 1 >= sequence.max_length:
+                continue  # ends with the token that is being chosen
+            ahead.take(sequence, 1)
+            sources.append(row)
+        if num_running < len(self._running) or not ahead.sequences or ahead.budget < 0:
+            return None
+        if self._drafter is not None and self._has_guesses(ahead, self._drafter):
+            return None
+        for sequence in ahead.sequences:
+            end = sequence.num_tokens + 1
+            if end > sequence.num_reserved and not self._reserve(sequence, end):
+                return None
+        ahead.sources = tuple(sources)
+        return ahead
+
     def commit(self, plan: StepPlan, output: StepOutput) -> list[tuple[Sequence, list[SampledRow]]]:
         """Takes the result of a step: tokens become computed, full blocks are published.
 
         Guesses are kept while each is the token that was drawn in its place. What was computed for
         the others is overwritten by the next step. Nothing is published of a sequence whose row
-        carries an error.
+        carries an error, or that ended since the step was launched.
 
         Returns:
             The sequences that sampled, or whose prompt could not be scored, each with its rows;
@@ -163,6 +205,9 @@ class Scheduler:
         sampled: list[tuple[Sequence, list[SampledRow]]] = []
         rows = iter(output.rows)
         for sequence, count, drafted in zip(plan.sequences, plan.counts, plan.drafts, strict=True):
+            if sequence.status is not _RUNNING:
+                next(rows)  # only a step that was planned ahead meets this: one row each
+                continue
             computed = sequence.num_computed + count - drafted
             scores = sequence.scores
             if scores is not None:
@@ -287,6 +332,11 @@ class Scheduler:
                 plan.drafts[index] = len(draft)
                 plan.budget -= len(draft)
 
+    def _has_guesses(self, plan: StepPlan, drafter: Drafter) -> bool:
+        """Whether guesses wait for the tokens that are being chosen."""
+        count = len(plan.sequences)
+        return any(drafter.draft(sequence, 1, count, count) for sequence in plan.sequences)
+
     def _reserve(self, sequence: Sequence, end: int) -> bool:
         """Makes positions ``< end`` writable, and the rest of their block at no cost."""
         end = -(-end // self._block_size) * self._block_size
@@ -327,12 +377,17 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------- admission
 
+    def _admits(self) -> bool:
+        """Whether it is worth trying to admit the first that waits."""
+        if not self._waiting or len(self._running) >= self._max_num_seqs:
+            return False
+        mark = (self._waiting[0].sequence_id, self._num_releases)
+        # Nothing was given back since it found no room?
+        return not self._running or self._stalled != mark
+
     def _admit_waiting(self, now: float, plan: StepPlan) -> None:
-        while self._waiting and plan.budget > 0 and len(self._running) < self._max_num_seqs:
+        while plan.budget > 0 and self._admits():
             sequence = self._waiting[0]
-            mark = (sequence.sequence_id, self._num_releases)
-            if self._running and self._stalled == mark:
-                return  # nothing was given back since it found no room
             count = self._admit(sequence, plan.budget)
             if count is None:
                 if self._running:

@@ -26,6 +26,10 @@ class StepPlan:
         counts: Tokens of each, following its ``num_computed``.
         drafts: How many of them, the last ones, are guessed (see ``speculation``).
         failures: Requests that cannot go on, taken out of the scheduler already.
+        sampled_rows: Of each, the row that chooses its next token; -1 without one. Known with the
+            batch.
+        sources: Of a step behind one that is still computed (``Scheduler.schedule_ahead``): the row
+            of that one which chooses the token that each sequence computes here.
     """
 
     budget: int
@@ -33,6 +37,8 @@ class StepPlan:
     counts: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     failures: list[tuple[RequestState, Failure]] = field(default_factory=list)
+    sampled_rows: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
 
     def take(self, sequence: Sequence, count: int) -> None:
         """Adds ``count`` tokens of a sequence, none of them guessed."""
@@ -69,6 +75,7 @@ def build_batch(
     query_starts = [0]
     logit_rows: list[int] = []
     rows: list[SamplingRow] = []
+    sampled_rows: list[int] = []
     for sequence, count, drafted in zip(plan.sequences, plan.counts, plan.drafts, strict=True):
         start, done = query_starts[-1], sequence.num_computed
         stop = start + count
@@ -84,7 +91,9 @@ def build_batch(
                         num_logprobs=sequence.scores.num_logprobs,
                     )
                 )
+        sampled_rows.append(-1)
         if done + count - drafted == sequence.num_tokens:
+            sampled_rows[-1] = len(rows)
             logit_rows += range(stop - 1 - drafted, stop)
             sampling = sequence.sampling
             tokens = sequence.slice(0, done + count) if sampling.needs_tokens else None
@@ -96,5 +105,30 @@ def build_batch(
         block_tables=kv.block_tables([sequence.sequence_id for sequence in plan.sequences]),
         block_copies=copies,
         logit_rows=np.array(logit_rows, dtype=np.int32),
+    )
+    plan.sampled_rows = tuple(sampled_rows)
+    return batch, tuple(rows)
+
+
+def build_batch_ahead(plan: StepPlan, kv: KvCache) -> tuple[ForwardBatch, tuple[SamplingRow, ...]]:
+    """Builds the arrays of a step whose tokens, one per sequence, the step before is choosing.
+
+    Args:
+        plan: With ``sources``.
+        kv: Gives the block tables. Blocks reserved behind a sequence's own need no copies.
+    """
+    count = len(plan.sequences)
+    rows: list[SamplingRow] = []
+    for sequence in plan.sequences:
+        rows += sequence.sampling.rows(sequence.num_tokens + 1, None)
+    plan.sampled_rows = tuple(range(count))
+    batch = ForwardBatch(
+        token_ids=np.zeros(count, dtype=np.int32),
+        positions=np.array([sequence.num_tokens for sequence in plan.sequences], dtype=np.int32),
+        query_starts=np.arange(count + 1, dtype=np.int32),
+        block_tables=kv.block_tables([sequence.sequence_id for sequence in plan.sequences]),
+        block_copies=np.empty((0, 2), dtype=np.int32),
+        logit_rows=np.arange(count, dtype=np.int32),
+        token_sources=np.array(plan.sources, dtype=np.int32),
     )
     return batch, tuple(rows)

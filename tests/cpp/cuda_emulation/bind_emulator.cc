@@ -9,6 +9,8 @@ using namespace py::literals;
 void register_emulator(py::module_& m) {
   m.def("set_order", &cuda_emulation::set_order, "seed"_a,
         "Order in which threads take turns: ascending for 0, random for any other seed.");
+  m.def("set_deferred", &cuda_emulation::set_deferred, "deferred"_a,
+        "Whether work on streams happens when it is waited for, or at once.");
   m.def("allocation_count", &cuda_emulation::allocation_count, "Allocations alive.");
   m.def(
       "statistics",

@@ -143,7 +143,11 @@ size_t allocation_count();
 struct GridSize {
   uint32_t x, y, z;
 };
-/// Queues `kernel` on a stream, which runs it at once unless the stream is being captured.
+/// Work on streams happens when it is waited for, as late as a device may take: what the host
+/// changes too early shows. Otherwise (from the start) it happens at once.
+void set_deferred(bool deferred);
+
+/// Queues `kernel` on a stream, see set_deferred; on the default stream it runs at once.
 void launch(GridSize grid, uint32_t threads, size_t shared_bytes, void* stream,
             std::function<void()> kernel);
 /// Runs all blocks of `kernel` now.

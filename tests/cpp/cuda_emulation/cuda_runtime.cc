@@ -1,20 +1,40 @@
 // The emulated CUDA runtime: memory, streams, events and graphs.
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <memory>
 #include <new>
+#include <set>
 #include <utility>
 #include <vector>
 
 #include "cuda_emulator.h"
 #include "cuda_runtime_api.h"
 
+/// What a stream has yet to do.
+struct EmulatedQueue {
+  std::deque<std::function<void()>> work;
+  uint64_t queued = 0;
+  uint64_t done = 0;
+
+  void run_until(uint64_t count) {
+    while (done < count) {
+      const std::function<void()> next = std::move(work.front());
+      work.pop_front();
+      ++done;  // even if it throws: the device has had it
+      next();
+    }
+  }
+};
 struct EmulatedStream {
   bool capturing = false;
   std::vector<std::function<void()>> captured;
+  std::shared_ptr<EmulatedQueue> queue = std::make_shared<EmulatedQueue>();
 };
 struct EmulatedEvent {
-  bool recorded = false;
+  std::shared_ptr<EmulatedQueue> queue;  // null: never recorded
+  uint64_t mark = 0;
 };
 struct EmulatedGraph {
   std::vector<std::function<void()>> work;
@@ -24,12 +44,26 @@ namespace {
 
 constexpr size_t kDeviceBytes = size_t{1} << 30;
 
+bool deferred = false;
+std::set<EmulatedStream*> streams;
+
 void enqueue(cudaStream_t stream, std::function<void()> work) {
   if (stream != nullptr && stream->capturing) {
     stream->captured.push_back(std::move(work));
+  } else if (stream != nullptr && deferred) {
+    stream->queue->work.push_back(std::move(work));
+    ++stream->queue->queued;
   } else {
     work();
   }
+}
+
+void finish(const EmulatedEvent& event) {
+  if (event.queue != nullptr) event.queue->run_until(event.mark);
+}
+
+void finish_all() {
+  for (const EmulatedStream* stream : streams) stream->queue->run_until(stream->queue->queued);
 }
 
 }  // namespace
@@ -40,6 +74,11 @@ void launch(GridSize grid, uint32_t threads, size_t shared_bytes, void* stream,
             std::function<void()> kernel) {
   enqueue(static_cast<cudaStream_t>(stream),
           [=, kernel = std::move(kernel)] { run_grid(grid, threads, shared_bytes, kernel); });
+}
+
+void set_deferred(bool wanted) {
+  finish_all();
+  deferred = wanted;
 }
 
 }  // namespace cuda_emulation
@@ -119,6 +158,7 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* pointer) {
+  finish_all();
   cuda_emulation::release(pointer);
   return cudaSuccess;
 }
@@ -127,6 +167,7 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
   return *pointer != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFreeHost(void* pointer) {
+  finish_all();
   std::free(pointer);
   return cudaSuccess;
 }
@@ -156,16 +197,25 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = new EmulatedStream;
+  streams.insert(*stream);
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  stream->queue->run_until(stream->queue->queued);
+  streams.erase(stream);
   delete stream;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return stream != nullptr && stream->capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+  if (stream == nullptr) return cudaSuccess;
+  if (stream->capturing) return cudaErrorStreamCaptureUnsupported;
+  stream->queue->run_until(stream->queue->queued);
+  return cudaSuccess;
 }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  enqueue(stream, [event = *event] { finish(event); });
+  return cudaSuccess;
+}
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new EmulatedEvent;
@@ -175,12 +225,18 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
-  event->recorded = true;
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (stream != nullptr) *event = {stream->queue, stream->queue->queued};
   return cudaSuccess;
 }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const bool done = event->queue == nullptr || event->queue->done >= event->mark;
+  return done ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  finish(*event);
+  return cudaSuccess;
+}
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
   *milliseconds = 0.0f;
   return cudaSuccess;

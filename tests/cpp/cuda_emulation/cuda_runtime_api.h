@@ -1,6 +1,7 @@
 // The part of the CUDA runtime that sagellm calls, over the emulated device. It shadows the header
-// of the same name in builds of the emulator. Work on a stream happens at once, unless the stream
-// is being captured: then it happens when the graph is launched.
+// of the same name in builds of the emulator. Work on a stream happens at once, or when it is
+// waited for (cuda_emulation::set_deferred). While the stream is being captured it goes to the
+// graph.
 #pragma once
 
 #include <cstddef>

@@ -242,12 +242,11 @@ __global__ void __launch_bounds__(128)
 }
 
 __global__ void __launch_bounds__(128)
-    count_sampled_kernel(const __grid_constant__ CountSampledParams p) {
+    take_sampled_kernel(const __grid_constant__ TakeSampledParams p) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= p.num_rows) return;
-  const SampledToken& sampled = p.sampled[i];
-  if (p.rows[i].counts == nullptr || sampled.status != SampleStatus::kChosen) return;
-  atomic_add(const_cast<uint32_t*>(p.rows[i].counts) + sampled.token_id, 2u);
+  if (i >= p.num_tokens || p.sources[i] < 0) return;
+  const SampledToken& sampled = p.sampled[p.sources[i]];
+  p.token_ids[i] = sampled.status == SampleStatus::kChosen ? sampled.token_id : 0;
 }
 
 }  // namespace
@@ -272,9 +271,9 @@ void count_tokens(const CountTokensParams& p, void* stream) {
          p);
 }
 
-void count_sampled(const CountSampledParams& p, void* stream) {
-  if (p.num_rows == 0) return;
-  launch(count_sampled_kernel, Grid{static_cast<uint32_t>((p.num_rows + 127) / 128)}, 128, 0,
+void take_sampled(const TakeSampledParams& p, void* stream) {
+  if (p.num_tokens == 0) return;
+  launch(take_sampled_kernel, Grid{static_cast<uint32_t>((p.num_tokens + 127) / 128)}, 128, 0,
          stream, p);
 }
 

@@ -91,12 +91,13 @@ struct CountTokensParams {
 };
 void count_tokens(const CountTokensParams& params, void* stream);
 
-/// Counts the tokens that `sample_tokens` has just chosen, for rows that have counts.
-struct CountSampledParams {
-  const SamplingRow* rows = nullptr;
+/// token_ids[i] = the token that row sources[i] has chosen; 0 where it chose none.
+struct TakeSampledParams {
+  int32_t* token_ids = nullptr;      // [num_tokens]
+  const int32_t* sources = nullptr;  // [num_tokens]; negative: the token stands there already
   const SampledToken* sampled = nullptr;
-  int32_t num_rows = 0;
+  int32_t num_tokens = 0;
 };
-void count_sampled(const CountSampledParams& params, void* stream);
+void take_sampled(const TakeSampledParams& params, void* stream);
 
 }  // namespace sagellm::kernels::cuda

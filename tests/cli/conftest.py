@@ -7,7 +7,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-from models.make_tiny import SPECIALS, make_tiny_gguf
+from models.make_tiny import make_tiny_gguf
+from models.tiny_vocab import SPECIALS
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@
 #include "sagellm/checkpoint/gguf.h"
 #include "sagellm/quant/codec.h"
 #include "sagellm/quant/pack.h"
+#include "sagellm/quant/unpack.h"
 
 namespace {
 

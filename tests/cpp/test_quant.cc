@@ -11,6 +11,7 @@
 #include "sagellm/base/error.h"
 #include "sagellm/quant/codec.h"
 #include "sagellm/quant/pack.h"
+#include "sagellm/quant/unpack.h"
 
 namespace sagellm::quant {
 namespace {

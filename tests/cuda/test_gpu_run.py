@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,14 @@ def test_a_failed_self_test_does_not_end_the_run(tmp_path: Path) -> None:
     assert "cmake: " in machine and "DeviceUnavailableError: " in machine
 
 
+class Heard(subprocess.Popen[str]):
+    """A process whose time begins when it has said something: starting takes what it takes."""
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> Any:
+        select.select([self.stdout], [], [])
+        return super().communicate(input, timeout)
+
+
 def test_every_test_function_has_its_own_outcome(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -55,6 +65,7 @@ if sys.argv[-1] == "slow":
 sys.exit(sys.argv[-1] == "bad")
 """
     monkeypatch.setattr(run_tests, "PYTEST", (sys.executable, "-c", program))
+    monkeypatch.setattr(subprocess, "Popen", Heard)
     end = time.monotonic() + 50
     outcomes = [
         run_tests.run("good", 30, end),

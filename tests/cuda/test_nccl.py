@@ -80,7 +80,7 @@ def test_reductions_run_over_all_ranks(
         assert np.array_equal(part, expected[rank * 8 : rank * 8 + 8])
 
 
-def test_bytes_move_between_ranks(emulated: ModuleType, library: Any, run: Any) -> None:
+def test_bytes_move_between_ranks(emulated: ModuleType, run: Any) -> None:
     def work(c: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         mine = emulated.array(ALL[c.rank])
         gathered = emulated.empty([RANKS, RANKS * 8], np.dtype(np.float32))
@@ -91,7 +91,7 @@ def test_bytes_move_between_ranks(emulated: ModuleType, library: Any, run: Any) 
             c.receive(received, (c.rank - 1) % RANKS)
             c.send(mine, (c.rank + 1) % RANKS)
 
-        library.group(pass_on)
+        c.group(pass_on)
         c.broadcast(mine, root=1)
         c.finish()
         return gathered.numpy(), received.numpy(), mine.numpy()
@@ -102,9 +102,7 @@ def test_bytes_move_between_ranks(emulated: ModuleType, library: Any, run: Any) 
         assert np.array_equal(broadcast, ALL[1])
 
 
-def test_a_group_starts_at_its_end_and_ends_after_an_error(
-    emulated: ModuleType, library: Any, run: Any
-) -> None:
+def test_a_group_starts_at_its_end_and_ends_after_an_error(emulated: ModuleType, run: Any) -> None:
     def work(c: Any) -> NDArray[Any]:
         x = emulated.array(ALL[c.rank])
         y = emulated.array(ALL[c.rank])
@@ -114,9 +112,9 @@ def test_a_group_starts_at_its_end_and_ends_after_an_error(
             c.all_reduce(y, y, reduction="max")
             assert np.array_equal(x.numpy(), ALL[c.rank])
 
-        library.group(both)
+        c.group(both)
         with pytest.raises(KeyError, match="wrong"):
-            library.group(lambda: {}["wrong"])
+            c.group(lambda: {}["wrong"])
         c.all_reduce(y, y)  # at once: no group is open
         c.finish()
         result: NDArray[Any] = x.numpy() + y.numpy()
@@ -138,9 +136,8 @@ def test_ranks_that_ask_for_different_things_are_told(emulated: ModuleType, run:
 
 
 def test_a_rank_that_cancels_is_seen_by_the_others(
-    emulated: ModuleType, library: Any, fake_nccl_folder: str
+    emulated: ModuleType, library: Any, count_alive: Callable[[], int]
 ) -> None:
-    count_alive = ctypes.CDLL(f"{fake_nccl_folder}/libnccl.so.2").fake_nccl_alive
     before = count_alive()
     name = library.make_id()
     with ThreadPoolExecutor(2) as threads:
@@ -157,6 +154,42 @@ def test_a_rank_that_cancels_is_seen_by_the_others(
     assert count_alive() == before
 
 
+@pytest.fixture
+def count_alive(fake_nccl_folder: str) -> Callable[[], int]:
+    """Communicators that nobody has ended."""
+    count: Callable[[], int] = ctypes.CDLL(f"{fake_nccl_folder}/libnccl.so.2").fake_nccl_alive
+    return count
+
+
+def test_a_rank_that_never_joins_is_not_waited_for_beyond_the_timeout(
+    emulated: ModuleType, library: Any, count_alive: Callable[[], int]
+) -> None:
+    before = count_alive()
+    with pytest.raises(
+        SagellmError,
+        match=r"ncclCommInitRankConfig: rank 0 of 2 waited 0.01 s for the other ranks; start every",
+    ):
+        emulated.Communicator(library, library.make_id(), 0, 2, timeout_s=0.01)
+    assert count_alive() == before
+
+
+def test_a_rank_that_never_sends_is_not_waited_for_beyond_the_timeout(
+    emulated: ModuleType, library: Any, count_alive: Callable[[], int]
+) -> None:
+    before = count_alive()
+    x = emulated.array(ALL[0])
+    for ask, name in (
+        (lambda c: c.receive(x, 0), "ncclRecv"),
+        (lambda c: c.group(lambda: c.receive(x, 0)), "ncclGroupEnd"),
+    ):
+        alone = emulated.Communicator(library, library.make_id(), 0, 1, timeout_s=0.01)
+        with pytest.raises(SagellmError, match=rf"^{name}: rank 0 of 1 waited .* raise timeout_s$"):
+            ask(alone)
+        assert count_alive() == before
+        with pytest.raises(SagellmError, match="has ended"):
+            alone.all_reduce(x, x)
+
+
 def test_what_cannot_be_is_refused_before_nccl_sees_it(emulated: ModuleType, library: Any) -> None:
     name = library.make_id()
     assert len(name) == 128 and name != library.make_id()
@@ -164,6 +197,9 @@ def test_what_cannot_be_is_refused_before_nccl_sees_it(emulated: ModuleType, lib
         emulated.Communicator(library, b"wrong", 0, 1)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         emulated.Communicator(library, name, 2, 2)
+    for seconds in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"timeout is .* s; it must be above 0"):
+            emulated.Communicator(library, name, 0, 1, timeout_s=seconds)
     alone = emulated.Communicator(library, name, 0, 1)
     x = emulated.array(ALL[0])
     for call in (

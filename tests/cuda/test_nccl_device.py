@@ -33,7 +33,7 @@ def test_a_clique_of_one_gets_back_what_it_gives() -> None:
         alone.send(x, 0)
         alone.receive(out, 0)
 
-    library.group(to_itself)
+    alone.group(to_itself)
     alone.broadcast(out, root=0)
     assert np.array_equal(out.numpy(), values)
     assert alone.async_error() == ""

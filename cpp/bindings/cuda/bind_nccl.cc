@@ -21,14 +21,15 @@ using cuda::Communicator;
 using cuda::Nccl;
 
 std::unique_ptr<Communicator> join(std::shared_ptr<Nccl> library, const py::bytes& id, int rank,
-                                   int size) {
+                                   int size, double timeout_s) {
   const auto bytes = static_cast<std::string>(id);
   cuda::NcclId native;
   require<InvalidArgument>(bytes.size() == native.bytes.size(), "an id has ", native.bytes.size(),
                            " bytes, not ", bytes.size());
   std::copy(bytes.begin(), bytes.end(), native.bytes.begin());
   const py::gil_scoped_release release;
-  return std::make_unique<Communicator>(std::move(library), native, rank, size);
+  return std::make_unique<Communicator>(std::move(library), native, rank, size,
+                                        Communicator::Seconds(timeout_s));
 }
 
 cuda::Reduction reduction_of(const std::string& name) {
@@ -91,9 +92,9 @@ void receive(Communicator& c, const DeviceArray& out, int from) {
   c.receive(out.data(), out.bytes(), from, nullptr);
 }
 
-void group(const Nccl& library, const std::function<void()>& work) {
+void group(Communicator& c, const std::function<void()>& work) {
   const py::gil_scoped_release release;
-  library.group([&] {
+  c.group([&] {
     const py::gil_scoped_acquire acquire;
     work();
   });
@@ -115,12 +116,14 @@ void register_nccl(py::module_& m) {
             const cuda::NcclId id = library.make_id();
             return py::bytes(id.bytes.data(), id.bytes.size());
           },
-          "The name of a new clique: 128 bytes that one rank makes and all join with.")
-      .def("group", &group, "work"_a, "What `work` calls starts as one operation.");
+          "The name of a new clique: 128 bytes that one rank makes and all join with.");
   py::class_<Communicator>(m, "Communicator", py::module_local(),
                            "One rank of a clique, on this thread's device; calls queue on its "
-                           "default stream. Returns when all ranks have joined.")
-      .def(py::init(&join), "library"_a, "id"_a, "rank"_a, "size"_a)
+                           "default stream. Returns when all ranks have joined. A call for which "
+                           "other ranks do not do their part in `timeout_s` seconds ends it with "
+                           "an error.")
+      .def(py::init(&join), "library"_a, "id"_a, "rank"_a, "size"_a,
+           "timeout_s"_a = Communicator::kTimeout.count())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
       .def("all_reduce", &all_reduce, "in"_a, "out"_a, "type"_a = "float32", "reduction"_a = "sum")
@@ -130,6 +133,7 @@ void register_nccl(py::module_& m) {
       .def("broadcast", &broadcast, "array"_a, "root"_a, "From the root's array to all others.")
       .def("send", &send, "array"_a, "to"_a)
       .def("receive", &receive, "array"_a, "sender"_a)
+      .def("group", &group, "work"_a, "What `work` calls starts as one operation.")
       .def("async_error", &Communicator::async_error, unlocked,
            "Why queued work cannot complete; empty while all is well.")
       .def("finish", &Communicator::finish, unlocked, "Leaves together with all other ranks.")

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "sagellm/cuda/dynamic_library.h"
@@ -40,11 +42,6 @@ class Nccl {
   /// Throws CommError when NCCL finds no network interface.
   NcclId make_id() const;
 
-  /// What `work` calls on this thread's communicators starts as one operation: several of them in
-  /// one thread, or sends and receives that wait for each other. When `work` throws, the exception
-  /// passes; what was called before it may have started.
-  void group(const std::function<void()>& work) const;
-
  private:
   DynamicLibrary library_;
   std::unique_ptr<NcclFunctions> functions_;
@@ -56,11 +53,18 @@ enum class Reduction { kSum, kMax };
 /// One rank of a clique, on the device that was current when it joined. Calls queue work on a
 /// stream and return; they must come in the same order on every rank. Not thread-safe. Throws
 /// CommError with NCCL's reason. In a recorded stream the calls become part of the graph.
+///
+/// NCCL's host side may have to wait for other ranks: to join, to connect to them at the first
+/// operations, to leave. It does so in the background, and a call that is not through after the
+/// timeout cancels the communicator and throws CommError.
 class Communicator {
  public:
-  /// Joins; returns when `size` ranks of the same id have. Without a group, ranks of one process
-  /// need a thread each.
-  Communicator(std::shared_ptr<const Nccl> library, const NcclId& id, int rank, int size);
+  using Seconds = std::chrono::duration<double>;
+  static constexpr Seconds kTimeout{300.0};
+
+  /// Joins; returns when `size` ranks of the same id have. Ranks of one process need a thread each.
+  Communicator(std::shared_ptr<const Nccl> library, const NcclId& id, int rank, int size,
+               Seconds timeout = kTimeout);
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
   /// Cancels, unless `finish` or `cancel` came before.
@@ -83,6 +87,10 @@ class Communicator {
   void broadcast(const void* in, void* out, size_t bytes, int root, void* stream);
   void send(const void* in, size_t bytes, int to, void* stream);
   void receive(void* out, size_t bytes, int from, void* stream);
+  /// What `work` calls on this communicator starts as one operation, such as sends and receives
+  /// that wait for each other. When `work` throws, the exception passes; what was called before it
+  /// may have started.
+  void group(const std::function<void()>& work);
 
   /// Why queued work cannot complete, such as a rank that is gone; empty while all is well. Who
   /// waits for a stream with such work asks now and then, and cancels.
@@ -96,11 +104,17 @@ class Communicator {
   /// The communicator; throws InvalidArgument after finish or cancel.
   void* handle() const;
   void check_peer(int peer, const char* name) const;
+  /// The status of a call once NCCL is through with it, or that it still is not.
+  int settled(int status) const;
+  /// Throws unless the call of this status succeeds in time.
+  void check(int status, std::string_view call);
+  void abandon() noexcept;
 
   std::shared_ptr<const Nccl> library_;
   void* handle_ = nullptr;
   int rank_;
   int size_;
+  Seconds timeout_;
 };
 
 }  // namespace sagellm::cuda

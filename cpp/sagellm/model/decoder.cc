@@ -1,7 +1,6 @@
 #include "sagellm/model/decoder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <exception>
 #include <utility>
 
@@ -75,6 +74,7 @@ Decoder::Decoder(ModelConfig config, const TensorSources& sources, const Decoder
       up_(float_buffer(rows_, ffn_stride_)),
       logits_(float_buffer(std::min<int64_t>(kHeadRows, options.max_batch_tokens), vocab_stride_)),
       norm_scratch_(float_buffer(options.num_threads, hidden_stride_)),
+      rope_tables_(config_.ropes, options.max_batch_tokens),
       hidden_in_(rows_, config_.hidden_size, options.precision, all_kinds()),
       attention_in_(rows_, int64_t{config_.num_heads} * config_.head_dim, options.precision,
                     all_kinds()),
@@ -83,12 +83,6 @@ Decoder::Decoder(ModelConfig config, const TensorSources& sources, const Decoder
           static_cast<size_t>(round_up(static_cast<int64_t>(table_.attention_scratch_bytes), 64)) *
           static_cast<size_t>(options.num_threads)),
       sample_scratch_(static_cast<size_t>(options.num_threads)) {
-  int64_t rope_floats = 0;
-  for (const Rope& rope : config_.ropes)
-    rope_floats += static_cast<int64_t>(rope.inverse_frequencies.size());
-  cos_ = float_buffer(options.max_batch_tokens, rope_floats);
-  sin_ = float_buffer(options.max_batch_tokens, rope_floats);
-
   std::vector<int32_t> windows;
   for (const LayerConfig& layer : config_.layers) {
     auto it = std::find(windows.begin(), windows.end(), layer.window);
@@ -113,9 +107,10 @@ void Decoder::attach_kv(std::shared_ptr<kv::KvStorage> storage) {
 }
 
 size_t Decoder::workspace_bytes() const {
-  size_t total = hidden_in_.bytes() + attention_in_.bytes() + ffn_in_.bytes();
+  size_t total =
+      hidden_in_.bytes() + attention_in_.bytes() + ffn_in_.bytes() + rope_tables_.bytes();
   for (const Buffer* buffer : {&residual_, &projection_, &qkv_, &gate_, &up_, &logits_,
-                               &norm_scratch_, &cos_, &sin_, &attention_scratch_}) {
+                               &norm_scratch_, &attention_scratch_}) {
     total += buffer->size();
   }
   return total;
@@ -270,21 +265,7 @@ void Decoder::embed(StepState& step, int thread, int& phase) {
   for_units(tokens, Phase::kEmbed, thread, phase, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (!step.small) embed_token(t);
-      float* cos = floats(cos_);
-      float* sin = floats(sin_);
-      for (const Rope& rope : config_.ropes) {
-        const auto half = static_cast<int64_t>(rope.inverse_frequencies.size());
-        for (int64_t i = 0; i < half; ++i) {
-          const double angle = step.batch.positions[static_cast<size_t>(t)] *
-                               rope.inverse_frequencies[static_cast<size_t>(i)];
-          cos[t * half + i] =
-              static_cast<float>(std::cos(angle) * static_cast<double>(rope.attention_factor));
-          sin[t * half + i] =
-              static_cast<float>(std::sin(angle) * static_cast<double>(rope.attention_factor));
-        }
-        cos += half * options_.max_batch_tokens;
-        sin += half * options_.max_batch_tokens;
-      }
+      rope_tables_.fill(t, step.batch.positions[static_cast<size_t>(t)]);
     }
   });
 }
@@ -296,22 +277,14 @@ void Decoder::finish_projection(const quant::PackedMatrix& matrix, const float* 
   matmul(matrix, first_row / kernels::kRowBlock, (first_row + dim) / kernels::kRowBlock, x,
          num_tokens, out, qkv_stride_);
   if (bias == nullptr && norm == nullptr && !rotate) return;
-  const int32_t rope_index = config_.layers[static_cast<size_t>(layer)].rope;
-  const float* cos = floats(cos_);
-  const float* sin = floats(sin_);
-  for (int32_t i = 0; i < rope_index; ++i) {
-    const auto half =
-        static_cast<int64_t>(config_.ropes[static_cast<size_t>(i)].inverse_frequencies.size());
-    cos += half * options_.max_batch_tokens;
-    sin += half * options_.max_batch_tokens;
-  }
-  const auto half = static_cast<int64_t>(
-      config_.ropes[static_cast<size_t>(rope_index)].inverse_frequencies.size());
+  const RopeTables::View rope = rope_tables_.view(config_.layers[static_cast<size_t>(layer)].rope);
   for (int64_t t = 0; t < num_tokens; ++t) {
     float* head = out + t * qkv_stride_ + first_row;
     if (bias != nullptr) table_.add(head, bias + first_row, dim, head);
     if (norm != nullptr) table_.rms_norm(head, norm, config_.norm_eps, dim, head);
-    if (rotate) table_.rope(head, cos + t * half, sin + t * half, 2 * half);
+    if (rotate) {
+      table_.rope(head, rope.cos + t * rope.half, rope.sin + t * rope.half, 2 * rope.half);
+    }
   }
 }
 

@@ -28,6 +28,7 @@
 #include "sagellm/model/forward_batch.h"
 #include "sagellm/model/head_plan.h"
 #include "sagellm/model/phase_timer.h"
+#include "sagellm/model/rope_tables.h"
 #include "sagellm/model/weights.h"
 #include "sagellm/runtime/thread_pool.h"
 #include "sagellm/sample/sampler.h"
@@ -133,7 +134,8 @@ class Decoder {
   int64_t qkv_stride_;
   int64_t ffn_stride_;
   int64_t vocab_stride_;
-  Buffer residual_, projection_, qkv_, gate_, up_, logits_, norm_scratch_, cos_, sin_;
+  Buffer residual_, projection_, qkv_, gate_, up_, logits_, norm_scratch_;
+  RopeTables rope_tables_;
   ActivationBuffer hidden_in_, attention_in_, ffn_in_;
   std::vector<AttentionPlan> plans_;  // one per distinct window
   std::vector<int32_t> plan_of_layer_;

@@ -10,6 +10,7 @@
 #include "sagellm/base/math.h"
 #include "sagellm/quant/codec.h"
 #include "sagellm/quant/scale_grid.h"
+#include "sagellm/quant/unpack.h"
 
 namespace sagellm::model {
 

@@ -53,9 +53,4 @@ void pack_row_blocks(Format source, const uint8_t* src, size_t src_row_bytes,
                      std::span<const int64_t> row_map, PackedMatrix& out, int64_t block_begin,
                      int64_t block_end, const ScaleGrid* scales = nullptr);
 
-/// Writes the f32 values of `row` to out[k]: bitwise those of `dequantize_row` on the source row
-/// (kF8: times their scales).
-/// Throws InvalidArgument when there is no such row.
-void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
-
 }  // namespace sagellm::quant

@@ -1,9 +1,10 @@
-// A libnccl on the CPU for tests of its caller: ranks are threads of one process, operations happen
-// at once and check that all ranks ask for the same.
+// A libnccl on the CPU for tests of its caller: ranks are threads of one process. Every
+// communicator is non-blocking: what waits for other ranks is in progress, and goes on when its
+// rank polls. An operation happens when all ranks have asked for it, and checks that they ask for
+// the same.
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -19,10 +20,17 @@
 
 namespace {
 
-constexpr int kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kRemoteError = 6;
+constexpr int kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kRemoteError = 6,
+              kInProgress = 7;
 
 struct Id {
   std::array<char, 128> bytes;
+};
+
+struct Config {  // of version 2.14
+  size_t size;
+  unsigned magic, version;
+  int blocking;
 };
 
 enum class Kind { kAllReduce, kReduceScatter, kAllGather, kBroadcast };
@@ -43,7 +51,6 @@ struct Clique {
   explicit Clique(size_t size) : calls(size) {}
 
   std::mutex mutex;
-  std::condition_variable changed;
   size_t joined = 0, left = 0;
   bool broken = false;  // a rank has aborted
   std::vector<Call> calls;
@@ -53,10 +60,14 @@ struct Clique {
   std::map<std::pair<int, int>, std::deque<std::vector<std::byte>>> mail;  // by sender, receiver
 };
 
+using Step = std::function<int()>;  // called until it is no longer in progress
+
 struct Comm {
   std::shared_ptr<Clique> clique;
   int rank;
   int size;
+  std::deque<Step> steps;    // what was asked for and is not done
+  int status = kInProgress;  // of joining, then of the last step
 };
 
 std::mutex cliques_mutex;
@@ -64,7 +75,7 @@ std::map<std::string, std::shared_ptr<Clique>> cliques;
 uint64_t next_id = 0;
 size_t alive = 0;
 thread_local int group_depth = 0;
-thread_local std::vector<std::function<int()>> sends, others;  // of the open group
+thread_local std::vector<std::pair<Comm*, Step>> sends, others;  // of the open group
 
 size_t bytes_of(int type) { return type == 7 ? 4 : type == 6 || type == 9 ? 2 : 1; }
 
@@ -121,27 +132,49 @@ int perform(const std::vector<Call>& calls) {
   return kSuccess;
 }
 
-int meet(const Comm& comm, const Call& call) {
+/// Goes on as far as the other ranks let it; the status afterwards. Errors stay.
+int advance(Comm& comm) {
   Clique& clique = *comm.clique;
-  std::unique_lock lock(clique.mutex);
-  if (clique.broken) return kRemoteError;
-  clique.calls[static_cast<size_t>(comm.rank)] = call;
-  const uint64_t round = clique.round;
-  if (++clique.arrived == clique.calls.size()) {
-    clique.arrived = 0;
-    clique.status = perform(clique.calls);
-    ++clique.round;
-    clique.changed.notify_all();
+  const std::lock_guard lock(clique.mutex);
+  if (comm.status != kSuccess && comm.status != kInProgress) return comm.status;
+  const bool joined = clique.joined == clique.calls.size();
+  comm.status = joined ? kSuccess : kInProgress;
+  while (joined && comm.status == kSuccess && !comm.steps.empty()) {
+    comm.status = comm.steps.front()();
+    if (comm.status != kInProgress) comm.steps.pop_front();
   }
-  clique.changed.wait(lock, [&] { return clique.round != round || clique.broken; });
-  return clique.round != round ? clique.status : kRemoteError;
+  if (clique.broken && (comm.status == kInProgress || comm.status == kSuccess)) {
+    comm.status = kRemoteError;
+  }
+  return comm.status;
+}
+
+/// Takes part in the next operation of the clique.
+Step meet(Comm* comm, const Call& call) {
+  return [comm, call, arrived = false, round = uint64_t{0}]() mutable {
+    Clique& clique = *comm->clique;
+    if (!arrived) {
+      arrived = true;
+      round = clique.round;
+      clique.calls[static_cast<size_t>(comm->rank)] = call;
+      if (++clique.arrived == clique.calls.size()) {
+        clique.arrived = 0;
+        clique.status = perform(clique.calls);
+        ++clique.round;
+      }
+    }
+    return clique.round != round ? clique.status : kInProgress;
+  };
 }
 
 /// Now, or when the group ends.
-int start(std::vector<std::function<int()>>& list, std::function<int()> work) {
-  if (group_depth == 0) return work();
-  list.push_back(std::move(work));
-  return kSuccess;
+int start(std::vector<std::pair<Comm*, Step>>& list, Comm* comm, Step step) {
+  if (group_depth > 0) {
+    list.emplace_back(comm, std::move(step));
+    return kSuccess;
+  }
+  comm->steps.push_back(std::move(step));
+  return advance(*comm);
 }
 
 int collective(Comm* comm, const Call& call) {
@@ -151,7 +184,7 @@ int collective(Comm* comm, const Call& call) {
   const bool good_detail = call.kind == Kind::kBroadcast ? call.detail < comm->size
                                                          : call.detail == 0 || call.detail == 2;
   if (call.out == nullptr || !good_type || !good_detail) return kInvalidArgument;
-  return start(others, [comm, call] { return meet(*comm, call); });
+  return start(others, comm, meet(comm, call));
 }
 
 }  // namespace
@@ -181,7 +214,11 @@ EXPORT int ncclGetUniqueId(Id* id) {
   std::memcpy(id->bytes.data(), &++next_id, sizeof next_id);
   return kSuccess;
 }
-EXPORT int ncclCommInitRank(void** communicator, int size, Id id, int rank) {
+EXPORT int ncclCommInitRankConfig(Comm** communicator, int size, Id id, int rank, Config* config) {
+  if (config->size != sizeof(Config) || config->magic != 0xcafebeef || config->version != 21400 ||
+      config->blocking != 0) {
+    return kInvalidArgument;
+  }
   std::shared_ptr<Clique> clique;
   {
     const std::lock_guard lock(cliques_mutex);
@@ -191,20 +228,20 @@ EXPORT int ncclCommInitRank(void** communicator, int size, Id id, int rank) {
     if (clique->calls.size() != static_cast<size_t>(size)) return kInvalidUsage;
     ++alive;
   }
-  std::unique_lock lock(clique->mutex);
-  ++clique->joined;
-  clique->changed.notify_all();
-  clique->changed.wait(lock, [&] { return clique->joined == static_cast<size_t>(size); });
-  *communicator = new Comm{clique, rank, size};
-  return kSuccess;
+  *communicator = new Comm{clique, rank, size, {}};
+  {
+    const std::lock_guard lock(clique->mutex);
+    ++clique->joined;
+  }
+  return advance(**communicator);
 }
 EXPORT int ncclCommFinalize(Comm* comm) {
-  Clique& clique = *comm->clique;
-  std::unique_lock lock(clique.mutex);
-  ++clique.left;
-  clique.changed.notify_all();
-  clique.changed.wait(lock, [&] { return clique.left == clique.calls.size() || clique.broken; });
-  return clique.broken ? kRemoteError : kSuccess;
+  comm->steps.push_back([comm, left = false]() mutable {
+    if (!left) ++comm->clique->left;
+    left = true;
+    return comm->clique->left == comm->clique->calls.size() ? kSuccess : kInProgress;
+  });
+  return advance(*comm);
 }
 EXPORT int ncclCommDestroy(Comm* comm) {
   const std::lock_guard lock(cliques_mutex);
@@ -216,13 +253,11 @@ EXPORT int ncclCommAbort(Comm* comm) {
   {
     const std::lock_guard lock(comm->clique->mutex);
     comm->clique->broken = true;
-    comm->clique->changed.notify_all();
   }
   return ncclCommDestroy(comm);
 }
 EXPORT int ncclCommGetAsyncError(Comm* comm, int* status) {
-  const std::lock_guard lock(comm->clique->mutex);
-  *status = comm->clique->broken ? kRemoteError : kSuccess;
+  *status = advance(*comm);
   return kSuccess;
 }
 
@@ -233,12 +268,12 @@ EXPORT int ncclGroupStart() {
 EXPORT int ncclGroupEnd() {
   if (group_depth == 0) return kInvalidUsage;
   if (--group_depth > 0) return kSuccess;
-  const auto first = std::exchange(sends, {}), second = std::exchange(others, {});
+  auto list = std::exchange(sends, {});
+  for (auto& other : std::exchange(others, {})) list.push_back(std::move(other));
+  for (auto& [comm, step] : list) comm->steps.push_back(std::move(step));
   int status = kSuccess;
-  for (const auto* list : {&first, &second}) {
-    for (const auto& work : *list) {
-      if (status == kSuccess) status = work();
-    }
+  for (const auto& [comm, step] : list) {
+    if (status == kSuccess) status = advance(*comm);
   }
   return status;
 }
@@ -260,23 +295,17 @@ EXPORT int ncclBroadcast(const void* in, void* out, size_t count, int type, int 
 }
 EXPORT int ncclSend(const void* in, size_t count, int type, int peer, Comm* comm, void*) {
   if (in == nullptr || type != 1 || peer >= comm->size) return kInvalidArgument;
-  return start(sends, [=] {
-    Clique& clique = *comm->clique;
+  return start(sends, comm, [=] {
     const auto* from = static_cast<const std::byte*>(in);
-    const std::lock_guard lock(clique.mutex);
-    clique.mail[{comm->rank, peer}].emplace_back(from, from + count);
-    clique.changed.notify_all();
-    return clique.broken ? kRemoteError : kSuccess;
+    comm->clique->mail[{comm->rank, peer}].emplace_back(from, from + count);
+    return kSuccess;
   });
 }
 EXPORT int ncclRecv(void* out, size_t count, int type, int peer, Comm* comm, void*) {
   if (out == nullptr || type != 1 || peer >= comm->size) return kInvalidArgument;
-  return start(others, [=] {
-    Clique& clique = *comm->clique;
-    std::unique_lock lock(clique.mutex);
-    auto& box = clique.mail[{peer, comm->rank}];
-    clique.changed.wait(lock, [&] { return !box.empty() || clique.broken; });
-    if (box.empty()) return kRemoteError;
+  return start(others, comm, [=] {
+    auto& box = comm->clique->mail[{peer, comm->rank}];
+    if (box.empty()) return kInProgress;
     const std::vector<std::byte> letter = std::move(box.front());
     box.pop_front();
     if (letter.size() != count) return kInvalidUsage;

@@ -191,19 +191,16 @@ SAGE_DEVICE void wgmma_shared(float (&d)[64], uint64_t a, uint64_t b, bool add) 
 }
 /// Starts d = a * b (+ d with `add`) on 64 x N x 16, a from registers, b from shared memory,
 /// N-major: the N elements of one k lie side by side.
-template <typename T>
-SAGE_DEVICE void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
+template <typename T, int kCount>
+SAGE_DEVICE void wgmma_registers(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(kCount == 64 || kCount == 32, "N is 128 or 64");
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
-  if constexpr (std::is_same_v<T, bf16>) {
+  constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  if constexpr (kCount == 64 && kBf16) {
     SAGE_WGMMA_RS_128("bf16");
-  } else {
+  } else if constexpr (kCount == 64) {
     SAGE_WGMMA_RS_128("f16");
-  }
-}
-template <typename T>
-SAGE_DEVICE void wgmma_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
-  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
-  if constexpr (std::is_same_v<T, bf16>) {
+  } else if constexpr (kBf16) {
     SAGE_WGMMA_RS_64("bf16");
   } else {
     SAGE_WGMMA_RS_64("f16");

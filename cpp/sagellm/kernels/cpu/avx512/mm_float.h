@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "sagellm/kernels/cpu/avx512/simd.h"
+#include "sagellm/kernels/cpu/avx512/tile.h"
 #include "sagellm/kernels/params.h"
 
 namespace sagellm::kernels {
@@ -70,17 +71,14 @@ SAGELLM_INLINE void add_step(const uint8_t* line, int64_t stride, const float* x
 /// kF8: sums of a group of columns, then its scales.
 template <int kBlocks, int kTokens>
 void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t token, float* out) {
-  __m512 acc[kBlocks][kTokens] = {};
+  __m512 acc[kBlocks][kTokens];
+  clear_tile(acc);
   const float* x = p.x.f32 + token * p.k;
   for (int64_t begin = 0; begin < p.k; begin += kF8Group) {
     const int64_t columns = p.k - begin < kF8Group ? p.k - begin : kF8Group;
     const uint8_t* codes = w + 64;
     __m512 sum[kBlocks][kTokens];
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) sum[b][t] = _mm512_setzero_ps();
-    }
+    clear_tile(sum);
     for (int64_t i = 0; i < columns; ++i) {
       add_step<PackedFormat::kF8, 1>(codes + i * 16, stride, x + begin + i, p.k, sum);
     }
@@ -92,12 +90,7 @@ void tile_f8(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t to
     }
     w = codes + columns * 16;
   }
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t)
-      _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
-  }
+  store_tile(acc, p.out_stride, out);
 }
 
 /// kBlocks row blocks x kTokens tokens.
@@ -108,11 +101,7 @@ void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t
     return tile_f8<kBlocks, kTokens>(p, w, stride, token, out);
   constexpr int step = kStep<kFormat>;
   __m512 acc[kBlocks][kTokens];
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) acc[b][t] = _mm512_setzero_ps();
-  }
+  clear_tile(acc);
   const float* x = p.x.f32 + token * p.k;
   const int64_t steps = p.k / step;
   for (int64_t i = 0; i < steps; ++i) {
@@ -122,12 +111,7 @@ void tile_float(const MatmulParams& p, const uint8_t* w, int64_t stride, int64_t
     if (p.k % 2 != 0)
       add_step<kFormat, 1>(w + steps * kStepBytes<kFormat>, stride, x + steps * 2, p.k, acc);
   }
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t)
-      _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
-  }
+  store_tile(acc, p.out_stride, out);
 }
 
 /// All row blocks x kTokens tokens, kBlocks at a time, since few chains alone wait for each

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "sagellm/kernels/cpu/avx512/simd.h"
+#include "sagellm/kernels/cpu/avx512/tile.h"
 #include "sagellm/kernels/params.h"
 
 namespace sagellm::kernels {
@@ -16,11 +17,7 @@ void tile_bf16(const MatmulParams& p, const uint8_t* w, int64_t pairs, int64_t t
   const int64_t stride = pairs * 64;
   const uint16_t* x = p.x.bf16 + token * pairs * 2;
   __m512 acc[kBlocks][kTokens];
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) acc[b][t] = _mm512_setzero_ps();
-  }
+  clear_tile(acc);
   for (int64_t i = 0; i < pairs; ++i) {
     __m512i weight[kBlocks];
 #pragma GCC unroll 8
@@ -35,12 +32,7 @@ void tile_bf16(const MatmulParams& p, const uint8_t* w, int64_t pairs, int64_t t
         acc[b][t] = _mm512_dpbf16_ps(acc[b][t], (__m512bh)weight[b], (__m512bh)value);
     }
   }
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t)
-      _mm512_storeu_ps(out + t * p.out_stride + b * kRowBlock, acc[b][t]);
-  }
+  store_tile(acc, p.out_stride, out);
 }
 
 /// Row blocks [begin, end) x kTokens tokens, kBlocks at a time.

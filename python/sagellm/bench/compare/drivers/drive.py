@@ -4,6 +4,7 @@
 ``threads``, and the ``cases``, each with ``name``, ``kind`` (prefill or decode), ``streams``,
 ``prompt_tokens`` and ``output_tokens``. After every line it waits for one on standard input, so
 that whoever started it can look at memory between two cases; when that input ends, so does this.
+The line after the last event is ``again SEED`` to measure the cases once more with other prompts.
 
 A driver module has ``load(spec)``, which returns an engine with
 
@@ -38,7 +39,8 @@ _WARM_PROMPT_TOKENS = 16
 _WARM_OUTPUT_TOKENS = 4
 _FIRST_ID = 64  # below are byte and control tokens
 
-Tell = Callable[..., None]
+Tell = Callable[..., str]
+Run = Callable[[int, int, int], tuple[float, ...]]
 
 
 def main() -> None:
@@ -54,15 +56,17 @@ def main() -> None:
 
 
 def _channel() -> Tell:
-    """A function that writes one event and waits; whatever libraries print goes to stderr."""
+    """Writes one event and returns the answer; whatever libraries print goes to stderr."""
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(event: str, **content: object) -> None:
+    def tell(event: str, **content: object) -> str:
         events.write(json.dumps({"event": event, **content}) + "\n")
         events.flush()
-        if not sys.stdin.readline():
+        answer = sys.stdin.readline()
+        if not answer:
             sys.exit(1)
+        return answer
 
     return tell
 
@@ -85,7 +89,16 @@ def _measure(module: Any, spec: dict[str, Any], tell: Tell) -> None:
     run(1, _START_PROMPT_TOKENS, 1)
     if seconds is None:
         tell("first_token")
-    for case in spec["cases"]:
+    while True:
+        _measure_cases(engine, run, spec["cases"], tell)
+        word, _, seed = tell("end", facts=engine.facts()).strip().partition(" ")
+        if word != "again":
+            return
+        rng.seed(int(seed))
+
+
+def _measure_cases(engine: Any, run: Run, cases: list[dict[str, Any]], tell: Tell) -> None:
+    for case in cases:
         streams, prompt_tokens = case["streams"], case["prompt_tokens"]
         content = {}
         if case["kind"] == "prefill":
@@ -101,7 +114,6 @@ def _measure(module: Any, spec: dict[str, Any], tell: Tell) -> None:
                 context = prompt_tokens + output_tokens / 2
                 content["bytes_per_token"] = engine.bytes_per_token(streams, context)
         tell("case", name=case["name"], value=rate, **content)
-    tell("end", facts=engine.facts())
 
 
 def seconds_to_first_byte(command: list[str]) -> float:

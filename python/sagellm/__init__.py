@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sagellm.lazy_names import load_name
+
 if TYPE_CHECKING:
     from sagellm import errors, protocol
     from sagellm.engine.async_engine import AsyncEngine
@@ -40,6 +42,8 @@ _HOMES = {
     "SagellmError": "sagellm.errors",
     "UnavailableError": "sagellm.errors",
     "UnsupportedError": "sagellm.errors",
+    "errors": "sagellm.errors",
+    "protocol": "sagellm.protocol",
 }
 
 __all__ = [
@@ -63,18 +67,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "protocol"):
-        return importlib.import_module(f"sagellm.{name}")
     if name == "__version__":
         version = importlib.import_module("importlib.metadata").version("sagellm")
         globals()[name] = version
         return version
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'sagellm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    return load_name(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

@@ -29,7 +29,7 @@ import transformers
 from numpy.typing import NDArray
 
 from sagellm.checkpoint.encoder import EncoderConfig, open_encoder
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.engine.embedding import EncoderEmbedder, load_embedder
 
 NUM_SENTENCES = 100

@@ -451,10 +451,10 @@ def test_a_repository_is_pulled_without_its_code(tmp_path: Path) -> None:
     (folder / "modeling_custom.py").write_text("raise SystemExit")
     handler = type("Handler", (HubHandler,), {"folder": folder})
     program = (
-        "from sagellm.checkpoint import open_checkpoint, store\n"
+        "from sagellm.checkpoint import open_checkpoint, resolve, store\n"
         "path = store.pull('org/repo')\n"
         "assert open_checkpoint(path).config.architecture == 'qwen3'\n"
-        "assert store.resolve_model('org/repo') == path\n"
+        "assert resolve.resolve_model('org/repo') == path\n"
         "assert [model.name for model in store.list_models()] == ['org/repo']\n"
         "assert not list(path.glob('*.py')) and not (path / '.cache').exists()\n"
         "try:\n    store.pull('org/absent')\n"

@@ -1,17 +1,29 @@
-"""What a command loads: no more than it needs."""
+"""What a command loads, no more than it needs, and how it ends."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from sagellm import __version__
 from sagellm.cli.app import COMMANDS
 from sagellm.cli.lazy import LazyCommands
 
 SERVER = {"fastapi", "starlette", "uvicorn", "prometheus_client", "sagellm.gateway"}
 SELDOM = {"rich", "httpx", "aiohttp", "matplotlib", "sagellm.bench"}
+# What only pulls models, reads them without the native core, or speaks of KV memory from outside.
+OTHERS = {
+    "sagellm.checkpoint.store",
+    "sagellm.checkpoint.catalogue",
+    "sagellm.checkpoint.download",
+    "sagellm.checkpoint.gguf_file",
+    "sagellm.checkpoint.safetensors_file",
+    "sagellm.protocol.kv_hooks",
+    "sagellm.kv.reference",
+}
 HEAVY = {"numpy", "jinja2", "llguidance", "sagellm.engine", "sagellm.protocol"}
 
 
@@ -38,12 +50,22 @@ def test_run_loads_no_server() -> None:
     assert loaded & (SERVER | SELDOM) == set()
 
 
-def test_template_and_tokenizer_libraries_load_beside_the_weights() -> None:
-    code = "import sys, sagellm.cli.run; print(*{'jinja2', 'tokenizers'} & set(sys.modules))"
+@pytest.mark.native
+def test_run_with_a_file_loads_no_store_and_no_reader_in_python(tiny: Path) -> None:
+    loaded = loaded_by("run", str(tiny), "-p", "a", "--max-tokens", "1")
+    assert "sagellm.checkpoint.checkpoint" in loaded
+    assert loaded & (SERVER | SELDOM | OTHERS) == set()
+
+
+def test_what_is_needed_after_the_weights_loads_beside_them() -> None:
+    late = {"jinja2", "tokenizers", "sagellm.protocol", "sagellm.engine.engine", "sagellm.text.bpe"}
+    code = "import sys, sagellm.cli.run; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert result.stdout.split() == []
+    loaded = set(result.stdout.split())
+    assert "sagellm.engine.loading" in loaded
+    assert loaded & late == set()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -51,3 +73,31 @@ def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
     command = LazyCommands(COMMANDS)[name]
     assert command.name == name
     assert command.get_short_help_str(limit=200) == COMMANDS[name].summary
+
+
+ENDING = """
+import sys, threading
+from sagellm.cli import main
+
+class Witness:
+    def __del__(self):
+        sys.stderr.write("taken apart")
+
+def late():
+    threading.main_thread().join()
+    sys.stdout.write("waited for")
+
+witness = Witness()
+threading.Thread(target=late).start()
+main()
+"""
+
+
+@pytest.mark.parametrize(("argument", "status"), (("version", 0), ("--nonsense", 2)))
+def test_a_command_waits_for_threads_and_is_not_taken_apart(argument: str, status: int) -> None:
+    command = [sys.executable, "-c", ENDING, argument]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == status, result.stderr
+    assert "taken apart" not in result.stderr
+    assert result.stdout.endswith("waited for")
+    assert result.stdout.startswith(f"sagellm {__version__}\n") == (status == 0)

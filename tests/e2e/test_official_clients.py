@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from gateway.support import serve_in_thread
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.engine.config import EngineConfig
 from sagellm.gateway.app import create_server
 from sagellm.gateway.config import GatewayConfig

@@ -6,6 +6,7 @@ import _thread
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,17 @@ def test_closed_llm_says_so() -> None:
     for use in (lambda: llm.generate("x"), lambda: llm.logits([1]), lambda: llm.stream("x")):
         with pytest.raises(UnavailableError, match="closed"):
             use()
+
+
+def test_a_model_that_names_itself_nowhere_gets_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(make_engine(), name="mine") as llm:
+        assert llm.model_name == "mock"
+    monkeypatch.setattr(MockRunner, "config", replace(MockRunner().config, name=""))
+    for model, name in ((make_engine(), "model"), ("somewhere", "somewhere")):
+        with LLM(model, device="mock") as llm:
+            assert llm.model_name == name
+    with LLM(make_engine(), name="mine") as llm:
+        assert llm.model_name == "mine"
 
 
 def test_importing_the_protocol_does_not_load_the_engine() -> None:

@@ -61,4 +61,4 @@ def test_protocol_loads_nothing_else_of_sagellm() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     others = [m for m in done.stdout.split() if not m.startswith("sagellm.protocol")]
-    assert others == ["sagellm"]
+    assert others == ["sagellm", "sagellm.lazy_names"]

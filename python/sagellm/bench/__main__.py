@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from sagellm.terminal import run_app
+from sagellm.terminal import run_process
 
 if __name__ == "__main__":
-    sys.exit(run_app("sagellm.bench.app", prog_name="python -m sagellm.bench"))
+    run_process("sagellm.bench.app", prog_name="python -m sagellm.bench")

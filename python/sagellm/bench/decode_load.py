@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.engine.config import EngineConfig
 from sagellm.engine.engine import Engine
 from sagellm.engine.llm import new_request

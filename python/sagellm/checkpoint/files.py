@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from sagellm.checkpoint.gguf_file import PyGgufFile
-from sagellm.checkpoint.safetensors_file import PySafetensorsFile
 from sagellm.checkpoint.tensor_file import TensorFile
 from sagellm.errors import CorruptFileError, ModelNotFoundError, UnsupportedError
 
 _MAX_JSON = 64 << 20  # bytes of config.json or of a shard index
+
+# By suffix: the native reader's name, and where its twin is for installs without the core.
+_READERS = {
+    ".gguf": ("GgufFile", "sagellm.checkpoint.gguf_file"),
+    ".safetensors": ("SafetensorsFile", "sagellm.checkpoint.safetensors_file"),
+}
 
 
 def open_file(path: str | Path) -> TensorFile:
@@ -23,16 +27,13 @@ def open_file(path: str | Path) -> TensorFile:
         UnsupportedError: Another kind of file.
     """
     path = Path(path)
+    if path.suffix not in _READERS:
+        raise UnsupportedError(f"{path.name}: unknown kind of file; supported: .gguf, .safetensors")
+    name, twin = _READERS[path.suffix]
     native = _native_readers()
-    if path.suffix == ".gguf":
-        return cast(TensorFile, native.GgufFile(str(path))) if native else PyGgufFile(path)
-    if path.suffix == ".safetensors":
-        return (
-            cast(TensorFile, native.SafetensorsFile(str(path)))
-            if native
-            else PySafetensorsFile(path)
-        )
-    raise UnsupportedError(f"{path.name}: unknown kind of file; supported: .gguf, .safetensors")
+    if native is None:
+        return cast(TensorFile, getattr(importlib.import_module(twin), f"Py{name}")(path))
+    return cast(TensorFile, getattr(native, name)(str(path)))
 
 
 def open_weights(

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from sagellm.checkpoint.catalogue import CATALOGUE, CatalogueEntry
-from sagellm.checkpoint.download import Progress, fetch_entry, fetch_repository
+from sagellm.checkpoint.download import fetch_entry, fetch_repository
+from sagellm.checkpoint.resolve import Progress, local_path
 from sagellm.errors import InvalidArgumentError, ModelNotFoundError, ResourceExhaustedError
 
 _MANIFEST = "manifest.json"
@@ -75,10 +76,10 @@ class ModelStore:
         Raises:
             ModelNotFoundError: It is none of these, or is not there and ``auto_pull`` is off.
         """
-        text = str(name_or_path)
-        local = Path(text).expanduser()
-        if text and local.exists():
+        local = local_path(name_or_path)
+        if local is not None:
             return local
+        text = str(name_or_path)
         stored = self._read(_folder_name(text))
         if stored is not None:
             return stored.path
@@ -266,13 +267,6 @@ def default_root() -> Path:
     """``$SAGELLM_HOME/models``, or ``~/.cache/sagellm/models``."""
     home = os.environ.get("SAGELLM_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "sagellm") / "models"
-
-
-def resolve_model(
-    name_or_path: str | Path, *, auto_pull: bool = False, progress: Progress | None = None
-) -> Path:
-    """``ModelStore.resolve`` on the default store."""
-    return ModelStore().resolve(name_or_path, auto_pull=auto_pull, progress=progress)
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
-from sagellm.terminal import run_app
+from sagellm.terminal import run_process
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of the ``sagellm`` command."""
-    sys.exit(run_app("sagellm.cli.app", prog_name="sagellm"))
+    run_process("sagellm.cli.app", prog_name="sagellm")
 
 
 __all__ = ["main"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,9 +22,11 @@ from sagellm.cli.options import (
     open_llm,
     request_for,
 )
-from sagellm.engine.llm import LLM
 from sagellm.errors import InvalidArgumentError, SagellmError
-from sagellm.protocol import Request, StreamEventDelta, StreamEventEnd
+
+if TYPE_CHECKING:
+    from sagellm.engine.llm import LLM
+    from sagellm.protocol import Request
 
 
 def chat(
@@ -110,11 +112,11 @@ def _answer(llm: LLM, request: Request) -> str | None:
     failure = ""
     try:
         for event in llm.stream(request):
-            if isinstance(event, StreamEventDelta):
+            if event.event == "delta":
                 parts.append(event.chunk)
                 sys.stdout.write(event.chunk)
                 sys.stdout.flush()
-            elif isinstance(event, StreamEventEnd) and event.error is not None:
+            elif event.event == "end" and event.error is not None:
                 failure = event.error.message
     except KeyboardInterrupt:
         _say("(stopped)")

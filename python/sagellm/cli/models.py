@@ -11,7 +11,8 @@ import typer
 from sagellm.checkpoint import open_checkpoint
 from sagellm.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL
 from sagellm.checkpoint.encoder import is_encoder, open_encoder
-from sagellm.checkpoint.store import list_models, pull, remove, resolve_model
+from sagellm.checkpoint.resolve import resolve_model
+from sagellm.checkpoint.store import list_models, pull, remove
 from sagellm.cli.options import Model
 from sagellm.terminal import print_columns, pull_progress
 from sagellm.text import load_tokenizer

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sagellm.checkpoint.store import resolve_model
-from sagellm.engine.config import parse_speculation
-from sagellm.engine.llm import LLM, new_request
+import sagellm  # its names load on first use: beside the weights, or after them
+from sagellm.checkpoint.resolve import resolve_model
+from sagellm.engine.config import engine_config, parse_speculation
+from sagellm.engine.loading import load_engine, name_of
 from sagellm.errors import InvalidArgumentError
 from sagellm.terminal import pull_progress
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sagellm.engine.llm import LLM
     from sagellm.protocol import Request
 
 Model = Annotated[
@@ -91,16 +93,16 @@ def open_llm(
     if device != "mock":  # it has no files
         with pull_progress(model) as progress:
             path = resolve_model(model, auto_pull=True, progress=progress)
-    llm = LLM(
+    engine = load_engine(
         path,
+        engine_config(kv_cache_gb, None, {"speculation": speculation}),
         device=device,
         threads=threads,
         precision=precision,
         deterministic=deterministic or None,
         kv_dtype=kv_dtype,
-        kv_cache_gb=kv_cache_gb,
-        speculation=speculation,
     )
+    llm = sagellm.LLM(engine, name=name_of(path))
     gc.freeze()  # vocabularies live to the end: no pass of the collector needs to see them
     return llm
 
@@ -130,7 +132,7 @@ def request_for(
         raise InvalidArgumentError(
             f"a system message needs the chat template, but {reason}; leave out --system"
         )
-    return new_request(
+    return sagellm.new_request(
         prompt="" if chat else text,
         messages=[*turns, {"role": "user", "content": text}] if chat else None,
         model=llm.model_name,

@@ -22,7 +22,6 @@ from sagellm.cli.options import (
     request_for,
 )
 from sagellm.errors import InvalidArgumentError, SagellmError
-from sagellm.protocol import StreamEventDelta, StreamEventEnd
 
 if TYPE_CHECKING:
     from sagellm.engine.llm import LLM
@@ -127,10 +126,10 @@ def _facts(response: Response, prompt_tokens: int) -> dict[str, object]:
 
 def _stream(llm: LLM, request: Request) -> None:
     for event in llm.stream(request):
-        if isinstance(event, StreamEventDelta):
+        if event.event == "delta":
             sys.stdout.write(event.chunk)
             sys.stdout.flush()
-        elif isinstance(event, StreamEventEnd):
+        elif event.event == "end":
             sys.stdout.write("\n")
             sys.stdout.flush()
             if event.error is not None:

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.cli.options import (
     Deterministic,
     Device,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sagellm.errors import InvalidArgumentError
 
 Speculation: TypeAlias = "Literal['auto', 'off'] | int"
+
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,27 @@ class EngineConfig:
         if self.max_chunk_tokens is None:
             return self.max_batch_tokens
         return min(self.max_chunk_tokens, self.max_batch_tokens)
+
+
+def engine_config(
+    kv_cache_gb: float | None, max_model_len: int | None, options: dict[str, Any]
+) -> EngineConfig:
+    """The knobs in the terms of ``LLM``: memory in GiB, ``options`` are other fields by name.
+
+    Raises:
+        InvalidArgumentError: An unknown option or an illegal value.
+    """
+    unknown = set(options) - set(EngineConfig.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(EngineConfig.__dataclass_fields__)
+        raise InvalidArgumentError(
+            f"unknown option {', '.join(sorted(unknown))}; engine options: {known}"
+        )
+    if kv_cache_gb is not None:
+        if not 0 < kv_cache_gb < 1 << 20:
+            raise InvalidArgumentError(f"kv_cache_gb is {kv_cache_gb}; give GiB above 0")
+        options = {**options, "kv_cache_bytes": int(kv_cache_gb * _GIB)}
+    return EngineConfig(max_model_len=max_model_len, **options)
 
 
 def parse_speculation(text: str) -> Speculation:

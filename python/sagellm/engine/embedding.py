@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sagellm.backends.encoder import create_encoder
 from sagellm.checkpoint.encoder import is_encoder, open_encoder
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.engine.daemon import run_in_daemon
 from sagellm.engine.encoder_thread import EncoderThread
 from sagellm.engine.validation import check_token_ids

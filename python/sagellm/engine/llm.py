@@ -35,9 +35,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from pydantic import ValidationError
 
-from sagellm.engine.config import EngineConfig
-from sagellm.engine.loading import load_engine
-from sagellm.engine.memory import GIB
+from sagellm.engine.config import engine_config
+from sagellm.engine.loading import load_engine, name_of
 from sagellm.engine.output import delta_of, end_of, response_of
 from sagellm.engine.thread import EngineThread
 from sagellm.errors import InvalidArgumentError, UnavailableError
@@ -148,13 +147,14 @@ class LLM:
         kv_dtype: str | None = None,
         kv_cache_gb: float | None = None,
         max_model_len: int | None = None,
+        name: str = "",
         **engine_options: Any,
     ) -> None:
         """Loads a model and starts its engine.
 
         Args:
             model: A catalogue name, a Hugging Face repository, a .gguf file, a folder; or an engine
-                that is ready, which then takes none of the other arguments.
+                that is ready, which then takes none of the other arguments but ``name``.
             device: ``auto``, ``cpu``, ``reference``, ``torch``, ``torch:DEVICE`` or ``mock``.
             threads: CPU threads; None takes all of this process.
             precision: ``a8`` or ``a15`` on the CPU.
@@ -164,6 +164,7 @@ class LLM:
                 memory; ``cuda`` also has ``f16`` and ``fp8``.
             kv_cache_gb: Memory of the KV pool in GiB; None chooses by free memory.
             max_model_len: Longest sequence in tokens; None is the model's own limit.
+            name: Of a model whose files do not tell one; by default that of the file or folder.
             **engine_options: Other fields of ``EngineConfig``.
 
         Raises:
@@ -171,8 +172,8 @@ class LLM:
                 memory does not suffice; the message names the remedy.
         """
         if isinstance(model, (str, Path)):
-            name = str(model) if not Path(model).exists() else Path(model).stem
-            config = _engine_config(kv_cache_gb, max_model_len, engine_options)
+            name = name or name_of(model)
+            config = engine_config(kv_cache_gb, max_model_len, engine_options)
             self._engine = load_engine(
                 model,
                 config,
@@ -185,7 +186,6 @@ class LLM:
             )
         else:
             self._engine = model
-            name = ""
         self.model_name = self._engine.runner.config.name or name or "model"
         self._thread = EngineThread(self._engine)
         self._is_closed = False
@@ -383,19 +383,3 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if listed and isinstance(listed[0], (int, np.integer)):
         return [listed]
     return listed
-
-
-def _engine_config(
-    kv_cache_gb: float | None, max_model_len: int | None, options: dict[str, Any]
-) -> EngineConfig:
-    unknown = set(options) - set(EngineConfig.__dataclass_fields__)
-    if unknown:
-        known = ", ".join(EngineConfig.__dataclass_fields__)
-        raise InvalidArgumentError(
-            f"unknown option {', '.join(sorted(unknown))}; engine options: {known}"
-        )
-    if kv_cache_gb is not None:
-        if not 0 < kv_cache_gb < 1 << 20:
-            raise InvalidArgumentError(f"kv_cache_gb is {kv_cache_gb}; give GiB above 0")
-        options = {**options, "kv_cache_bytes": int(kv_cache_gb * GIB)}
-    return EngineConfig(max_model_len=max_model_len, **options)

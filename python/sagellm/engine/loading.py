@@ -1,4 +1,8 @@
-"""From a model's name to an engine."""
+"""From a model's name to an engine.
+
+Packing weights is native work without the GIL. It begins as soon as it can: what is needed only
+later (the engine, the protocol, the text side with its libraries) is imported beside it.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sagellm import text
 from sagellm.backends import create_runner
 from sagellm.backends.mock import BOS_ID, EOS_ID, MockRunner, MockTokenModel
 from sagellm.checkpoint import open_checkpoint
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.engine.config import EngineConfig
-from sagellm.engine.engine import Engine
 from sagellm.errors import InvalidArgumentError
-from sagellm.text import Tokenizer
 
 if TYPE_CHECKING:
+    from sagellm.backends import ModelRunner
     from sagellm.checkpoint import TokenizerSource
-    from sagellm.text import ChatTemplate
+    from sagellm.engine.engine import Engine
+    from sagellm.text import ChatTemplate, Tokenizer
 
 
 def mock_tokenizer() -> Tokenizer:
     """Bytes as tokens, for ``MockRunner``."""
-    return Tokenizer(MockTokenModel(), bos_id=BOS_ID, eos_id=EOS_ID, prefix_ids=(BOS_ID,))
+    return text.Tokenizer(MockTokenModel(), bos_id=BOS_ID, eos_id=EOS_ID, prefix_ids=(BOS_ID,))
+
+
+def name_of(model: str | Path) -> str:
+    """What a model is called whose files do not name it."""
+    return Path(model).stem if Path(model).exists() else str(model)
 
 
 def load_engine(
@@ -58,11 +68,10 @@ def load_engine(
     if device == "mock":
         if kv_dtype is not None:
             raise InvalidArgumentError("device 'mock' has no option kv_dtype; leave it out")
-        return Engine(MockRunner(), mock_tokenizer(), config)
+        return _new_engine(MockRunner(), mock_tokenizer(), None, config)
     checkpoint = open_checkpoint(resolve_model(model))
-    # The native reader of weights leaves the GIL to the libraries and tables of the text side.
     with ThreadPoolExecutor(1, thread_name_prefix="sagellm-tokenizer") as worker:
-        text = worker.submit(_load_text, checkpoint.tokenizer)
+        texts = worker.submit(_load_text, checkpoint.tokenizer)
         runner = create_runner(
             checkpoint,
             device,
@@ -74,8 +83,8 @@ def load_engine(
             kv_dtype=kv_dtype,
         )
         try:
-            tokenizer, template = text.result()
-            return Engine(runner, tokenizer, config, chat_template=template)
+            tokenizer, template = texts.result()
+            return _new_engine(runner, tokenizer, template, config)
         except BaseException:
             runner.close()
             raise
@@ -84,5 +93,13 @@ def load_engine(
 def _load_text(source: TokenizerSource) -> tuple[Tokenizer, ChatTemplate | None]:
     """The tokenizer of a checkpoint, and the chat template where it has one."""
     module = importlib.import_module("sagellm.engine.text_loading")
-    text: tuple[Tokenizer, ChatTemplate | None] = module.load_text(source)
-    return text
+    loaded: tuple[Tokenizer, ChatTemplate | None] = module.load_text(source)
+    return loaded
+
+
+def _new_engine(
+    runner: ModelRunner, tokenizer: Tokenizer, template: ChatTemplate | None, config: EngineConfig
+) -> Engine:
+    module = importlib.import_module("sagellm.engine.engine")
+    engine: Engine = module.Engine(runner, tokenizer, config, chat_template=template)
+    return engine

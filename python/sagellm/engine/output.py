@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sagellm.protocol import (
     Error,
@@ -115,34 +115,38 @@ def delta_of(output: SequenceOutput) -> StreamEventDelta | None:
 
 def end_of(output: SequenceOutput) -> StreamEventEnd:
     """The end event of a finished output."""
-    response = response_of(output)
-    return StreamEventEnd(**dict(response))
+    return StreamEventEnd(**_outcome(output))
 
 
 def response_of(output: SequenceOutput) -> Response:
     """The whole answer of a finished output."""
+    return Response(**_outcome(output))
+
+
+def _outcome(output: SequenceOutput) -> dict[str, Any]:
+    """The fields that an answer and an end event share."""
     finished, request = output.finished, output.request
     assert finished is not None
-    return Response(
-        request_id=request.request_id,
-        trace_id=request.trace_id,
-        output_text=finished.text,
-        output_tokens=finished.token_ids,
-        finish_reason=finished.reason,
-        metrics=finished.metrics,
-        error=None if finished.failure is None else error_of(finished.failure),
-        index=output.index,
-        logprobs=_logprobs(request, finished.logprobs),
-        prompt_logprobs=(
+    return {
+        "request_id": request.request_id,
+        "trace_id": request.trace_id,
+        "output_text": finished.text,
+        "output_tokens": finished.token_ids,
+        "finish_reason": finished.reason,
+        "metrics": finished.metrics,
+        "error": None if finished.failure is None else error_of(finished.failure),
+        "index": output.index,
+        "logprobs": _logprobs(request, finished.logprobs),
+        "prompt_logprobs": (
             None
             if finished.prompt_logprobs is None
             else [None if row is None else _token_logprobs(row) for row in finished.prompt_logprobs]
         ),
-        prompt_tokens=output.num_prompt_tokens,
-        cached_tokens=output.num_cached_tokens,
-        timestamps=finished.timestamps,
-        matched_stop=finished.matched_stop,
-    )
+        "prompt_tokens": output.num_prompt_tokens,
+        "cached_tokens": output.num_cached_tokens,
+        "timestamps": finished.timestamps,
+        "matched_stop": finished.matched_stop,
+    }
 
 
 def error_of(failure: Failure) -> Error:

@@ -1,13 +1,14 @@
 """The text side of a model: its tokenizer and its chat template.
 
-``sagellm.engine.loading`` imports this module on the thread that calls it: the template engine and
-the tokenizer library load while the weights are read.
+``sagellm.engine.loading`` imports this module on the thread that calls it: the engine, the template
+engine and the tokenizer library load while the weights are read.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import sagellm.engine.engine  # noqa: F401  # needed next, by whoever needs the text side
 from sagellm.text import ChatTemplate, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

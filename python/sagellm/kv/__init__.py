@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sagellm.errors import UnsupportedError
 from sagellm.kv.groups import plan_kv_groups
 from sagellm.kv.interface import KvCache, KvGroup, KvStats
+from sagellm.lazy_names import load_name
 
 if TYPE_CHECKING:
     from sagellm.kv.reference import ReferenceKvCache
@@ -22,12 +23,11 @@ __all__ = [
     "plan_kv_groups",
 ]
 
+_HOMES = {"ReferenceKvCache": "sagellm.kv.reference"}  # the plain Python twin, for who asks for it
+
 
 def __getattr__(name: str) -> Any:
-    """Loads the plain Python twin for those who ask for it."""
-    if name == "ReferenceKvCache":
-        return importlib.import_module("sagellm.kv.reference").ReferenceKvCache
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return load_name(__name__, _HOMES, name)
 
 
 def create_kv_cache(

@@ -4,16 +4,12 @@ Times are milliseconds (timestamps: Unix seconds), rates tokens per second, memo
 0 to 1. Fields are frozen: they keep name, type, constraint and meaning; additions are optional.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sagellm.lazy_names import load_name
 from sagellm.protocol.errors import Error, ErrorCode
-from sagellm.protocol.kv_hooks import (
-    KVAllocateParams,
-    KVDType,
-    KVEvictReason,
-    KVHandle,
-    KVHooks,
-    KVLayout,
-    KVMigrateParams,
-)
 from sagellm.protocol.limits import LIMITS, Limits
 from sagellm.protocol.sampling import ResponseFormat, SamplingParams
 from sagellm.protocol.timestamps import Timestamps
@@ -29,6 +25,17 @@ from sagellm.protocol.types import (
     StreamEventStart,
     TokenLogprobs,
 )
+
+if TYPE_CHECKING:
+    from sagellm.protocol.kv_hooks import (
+        KVAllocateParams,
+        KVDType,
+        KVEvictReason,
+        KVHandle,
+        KVHooks,
+        KVLayout,
+        KVMigrateParams,
+    )
 
 PROTOCOL_VERSION = "0.1"
 
@@ -59,3 +66,13 @@ __all__ = [
     "Timestamps",
     "TokenLogprobs",
 ]
+
+_HOMES = {name: "sagellm.protocol.kv_hooks" for name in __all__ if name.startswith("KV")}
+
+
+def __getattr__(name: str) -> Any:
+    return load_name(__name__, _HOMES, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,8 +5,9 @@ Names load on first use: a process that only detokenizes needs no template engin
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from sagellm.lazy_names import load_name
 
 if TYPE_CHECKING:
     from sagellm.text.chat_template import ChatTemplate
@@ -35,12 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'sagellm.text' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    return load_name(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

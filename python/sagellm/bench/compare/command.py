@@ -25,7 +25,7 @@ from sagellm.bench.compare.plan import (
 from sagellm.bench.compare.run import Comparison, run
 from sagellm.bench.peers import default_folder, find, peer_named
 from sagellm.checkpoint import open_checkpoint
-from sagellm.checkpoint.store import resolve_model
+from sagellm.checkpoint.resolve import resolve_model
 from sagellm.errors import InvalidArgumentError, UnavailableError
 from sagellm.terminal import pull_progress
 

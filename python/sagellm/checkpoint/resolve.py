@@ -1,0 +1,28 @@
+"""From what a user typed to a model's files."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in total."""
+
+
+def local_path(name_or_path: str | Path) -> Path | None:
+    """The file or folder that was named, if there is one."""
+    text = str(name_or_path)
+    path = Path(text).expanduser()
+    return path if text and path.exists() else None
+
+
+def resolve_model(
+    name_or_path: str | Path, *, auto_pull: bool = False, progress: Progress | None = None
+) -> Path:
+    """``ModelStore.resolve`` on the default store, which loads only for names."""
+    path = local_path(name_or_path)
+    if path is None:
+        store = importlib.import_module("sagellm.checkpoint.store").ModelStore()
+        path = store.resolve(name_or_path, auto_pull=auto_pull, progress=progress)
+    return path

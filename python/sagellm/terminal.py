@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import logging
@@ -10,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -25,29 +24,6 @@ _UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 _INTERRUPTED = 130  # as shells count: 128 + SIGINT
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
 _YOUNG_OBJECTS = 100_000  # before the collector of cycles looks at them
-
-
-def run_process(module: str, *, prog_name: str) -> NoReturn:
-    """``run_app`` as a process of its own, which ends with the status that ``run_app`` returns.
-
-    The interpreter is not taken apart at the end: to free every module and object one by one, just
-    before the system takes their memory back, takes longer than all else that is to be done then.
-    """
-
-    def end() -> None:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-    # The first to be registered is the last to run: by then threads have ended, all is closed.
-    atexit.register(end)
-    try:
-        status = run_app(module, prog_name=prog_name)
-    except BaseException:  # an error of our own: nothing is skipped
-        atexit.unregister(end)
-        raise
-    sys.exit(status)
 
 
 def run_app(module: str, *, prog_name: str, args: list[str] | None = None) -> int:

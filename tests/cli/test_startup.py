@@ -73,31 +73,3 @@ def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
     command = LazyCommands(COMMANDS)[name]
     assert command.name == name
     assert command.get_short_help_str(limit=200) == COMMANDS[name].summary
-
-
-ENDING = """
-import sys, threading
-from sagellm.cli import main
-
-class Witness:
-    def __del__(self):
-        sys.stderr.write("taken apart")
-
-def late():
-    threading.main_thread().join()
-    sys.stdout.write("waited for")
-
-witness = Witness()
-threading.Thread(target=late).start()
-main()
-"""
-
-
-@pytest.mark.parametrize(("argument", "status"), (("version", 0), ("--nonsense", 2)))
-def test_a_command_waits_for_threads_and_is_not_taken_apart(argument: str, status: int) -> None:
-    command = [sys.executable, "-c", ENDING, argument]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == status, result.stderr
-    assert "taken apart" not in result.stderr
-    assert result.stdout.endswith("waited for")
-    assert result.stdout.startswith(f"sagellm {__version__}\n") == (status == 0)

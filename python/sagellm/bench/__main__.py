@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sagellm.terminal import run_process
+import sys
+
+from sagellm.terminal import run_app
 
 if __name__ == "__main__":
-    run_process("sagellm.bench.app", prog_name="python -m sagellm.bench")
+    sys.exit(run_app("sagellm.bench.app", prog_name="python -m sagellm.bench"))

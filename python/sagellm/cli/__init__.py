@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import sys
 
-from sagellm.terminal import run_process
+from sagellm.terminal import run_app
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Entry point of the ``sagellm`` command."""
-    run_process("sagellm.cli.app", prog_name="sagellm")
+    sys.exit(run_app("sagellm.cli.app", prog_name="sagellm"))
 
 
 __all__ = ["main"]

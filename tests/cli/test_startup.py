@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sagellm import __version__
 from sagellm.cli.app import COMMANDS
 from sagellm.cli.lazy import LazyCommands
 

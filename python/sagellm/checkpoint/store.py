@@ -24,7 +24,7 @@ from typing import Any
 
 from sagellm.checkpoint.catalogue import CATALOGUE, CatalogueEntry
 from sagellm.checkpoint.download import fetch_entry, fetch_repository
-from sagellm.checkpoint.resolve import Progress, local_path
+from sagellm.checkpoint.local import Progress, local_path
 from sagellm.errors import InvalidArgumentError, ModelNotFoundError, ResourceExhaustedError
 
 _MANIFEST = "manifest.json"

@@ -114,7 +114,6 @@ void def_queue(py::class_<cuda::Decoder>& cls) {
         return rows;
       },
       "Waits for the oldest queued step: tuples as those of `step`.");
-  cls.def_property_readonly("num_in_flight", &cuda::Decoder::num_in_flight);
 }
 
 }  // namespace

@@ -18,6 +18,8 @@ from sagellm.native import load_core
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from numpy.typing import NDArray
+
     from sagellm.checkpoint import Checkpoint
     from sagellm.checkpoint.config import ModelConfig, RopeConfig
     from sagellm.kv.interface import KvCache, KvGroup
@@ -55,6 +57,18 @@ def as_rows(tuples: tuple[tuple[Any, ...], ...]) -> tuple[SampledRow, ...]:
     return tuple(map(_as_row, tuples))
 
 
+def arrays_of(batch: ForwardBatch) -> tuple[NDArray[np.int32], ...]:
+    """What a native decoder takes of every step, in its order."""
+    return (
+        batch.token_ids,
+        batch.positions,
+        batch.query_starts,
+        batch.block_tables,
+        batch.block_copies,
+        batch.logit_rows,
+    )
+
+
 class NativeStep:
     """``ModelRunner.step`` on a native module's ``model.Decoder``."""
 
@@ -70,15 +84,7 @@ class NativeStep:
     ) -> StepOutput:
         """Runs one forward pass in one native call; see ``ModelRunner.step``."""
         rows, logits, hidden = self._decoder.step(
-            batch.token_ids,
-            batch.positions,
-            batch.query_starts,
-            batch.block_tables,
-            batch.block_copies,
-            batch.logit_rows,
-            sampling,
-            return_logits,
-            return_hidden,
+            *arrays_of(batch), sampling, return_logits, return_hidden
         )
         return StepOutput(rows=as_rows(rows), logits=logits, hidden=hidden)
 

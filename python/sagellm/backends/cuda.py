@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sagellm.backends.cpu import NativeStep, as_rows, native_config
+from sagellm.backends.cpu import NativeStep, arrays_of, as_rows, native_config
 from sagellm.backends.interface import StepOutput
 from sagellm.errors import DeviceUnavailableError, InvalidArgumentError, SagellmError
 from sagellm.kv import create_kv_cache, plan_kv_groups
@@ -219,16 +219,7 @@ class CudaRunner(NativeStep):
 
     def launch(self, batch: ForwardBatch, sampling: tuple[SamplingRow, ...]) -> None:
         """Queues a step; see ``QueueingRunner.launch``."""
-        self._decoder.launch(
-            batch.token_ids,
-            batch.positions,
-            batch.query_starts,
-            batch.block_tables,
-            batch.block_copies,
-            batch.logit_rows,
-            sampling,
-            batch.token_sources,
-        )
+        self._decoder.launch(*arrays_of(batch), sampling, batch.token_sources)
 
     def finish(self) -> StepOutput:
         """Waits for the oldest queued step; see ``QueueingRunner.finish``."""

@@ -168,13 +168,16 @@ class Scheduler:
         ahead = StepPlan(budget=self._max_batch_tokens)
         sources: list[int] = []
         num_running = 0
-        for sequence, row, drafted in zip(
-            plan.sequences, plan.sampled_rows, plan.drafts, strict=True
-        ):
+        for row, sequence in enumerate(plan.sequences):  # each has one row, or there is no step
             if sequence.status is not _RUNNING:
                 continue  # ended since it was launched
             num_running += 1
-            if row < 0 or drafted > 0 or sequence.children or sequence.sampling.needs_tokens:
+            done, end = sequence.num_computed, sequence.num_computed + plan.counts[row]
+            if plan.drafts[row] > 0 or end < sequence.num_tokens or sequence.children:
+                return None
+            if sequence.sampling.needs_tokens:
+                return None
+            if sequence.scores is not None and sequence.scores.positions(done, end):
                 return None
             if sequence.num_tokens + 1 >= sequence.max_length:
                 continue  # ends with the token that is being chosen

@@ -26,8 +26,6 @@ class StepPlan:
         counts: Tokens of each, following its ``num_computed``.
         drafts: How many of them, the last ones, are guessed (see ``speculation``).
         failures: Requests that cannot go on, taken out of the scheduler already.
-        sampled_rows: Of each, the row that chooses its next token; -1 without one. Known with the
-            batch.
         sources: Of a step behind one that is still computed (``Scheduler.schedule_ahead``): the row
             of that one which chooses the token that each sequence computes here.
     """
@@ -37,7 +35,6 @@ class StepPlan:
     counts: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     failures: list[tuple[RequestState, Failure]] = field(default_factory=list)
-    sampled_rows: tuple[int, ...] = ()
     sources: tuple[int, ...] = ()
 
     def take(self, sequence: Sequence, count: int) -> None:
@@ -75,7 +72,6 @@ def build_batch(
     query_starts = [0]
     logit_rows: list[int] = []
     rows: list[SamplingRow] = []
-    sampled_rows: list[int] = []
     for sequence, count, drafted in zip(plan.sequences, plan.counts, plan.drafts, strict=True):
         start, done = query_starts[-1], sequence.num_computed
         stop = start + count
@@ -91,9 +87,7 @@ def build_batch(
                         num_logprobs=sequence.scores.num_logprobs,
                     )
                 )
-        sampled_rows.append(-1)
         if done + count - drafted == sequence.num_tokens:
-            sampled_rows[-1] = len(rows)
             logit_rows += range(stop - 1 - drafted, stop)
             sampling = sequence.sampling
             tokens = sequence.slice(0, done + count) if sampling.needs_tokens else None
@@ -106,7 +100,6 @@ def build_batch(
         block_copies=copies,
         logit_rows=np.array(logit_rows, dtype=np.int32),
     )
-    plan.sampled_rows = tuple(sampled_rows)
     return batch, tuple(rows)
 
 
@@ -121,7 +114,6 @@ def build_batch_ahead(plan: StepPlan, kv: KvCache) -> tuple[ForwardBatch, tuple[
     rows: list[SamplingRow] = []
     for sequence in plan.sequences:
         rows += sequence.sampling.rows(sequence.num_tokens + 1, None)
-    plan.sampled_rows = tuple(range(count))
     batch = ForwardBatch(
         token_ids=np.zeros(count, dtype=np.int32),
         positions=np.array([sequence.num_tokens for sequence in plan.sequences], dtype=np.int32),
